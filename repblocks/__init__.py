@@ -1,0 +1,1 @@
+"""Structural re-parameterization as an exact algebra of convolutions."""

@@ -1,0 +1,218 @@
+"""What every block is: `RepBlock`, `RepConv`, and the switch from train form to deploy form."""
+
+import copy
+from abc import ABC
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from repblocks.errors import ConfigurationError, FoldError
+from repblocks.fusion import AffineConv, Sum, fold
+
+Form = Literal["train", "deploy"]
+Children = Mapping[str, nn.Module | None]
+
+
+class RepBlock(nn.Module, ABC):
+    """Abstract: a module with a train form, of many branches, and an equal deploy form without them.
+
+    A subclass says in `deploy_children` which children take the place of which; blocks inside it switch by themselves.
+    """
+
+    form: Form = "train"
+
+    def deploy_children(self) -> Children:
+        """New children of the deploy form by name, None where a child goes; changes nothing.
+
+        Raises:
+            FoldError: The branches are not exactly convolutions, or fold to values that are not finite.
+        """
+        return {}
+
+    def switch_to_deploy(self) -> None:
+        """Collapse this block in place; does nothing in deploy form.
+
+        Raises:
+            ConfigurationError: The block is in training mode.
+            FoldError: It does not fold; it is left as it was.
+        """
+        switch_to_deploy(self)
+
+
+class RepConv(RepBlock, ABC):
+    """Abstract: a linear block, which collapses into one ``nn.Conv2d``. Subclasses only build branches.
+
+    Train form has one child ``branches``, deploy form one child ``conv``. Whether the branches fold is found out at
+    construction, on the meta device. The attributes named as in ``nn.Conv2d`` describe the collapsed convolution.
+
+    Args:
+        branches: A module that `fold` understands.
+        in_channels: Channels of the input, where the branches cannot tell.
+
+    Raises:
+        FoldError: The branches are not one convolution.
+    """
+
+    branches: nn.Module
+    conv: nn.Module
+
+    def __init__(self, branches: nn.Module, in_channels: int | None = None) -> None:
+        super().__init__()
+        value = fold(_copied(branches, _on_meta).eval(), in_channels).promote(2)
+        self.in_channels, self.out_channels = value.in_channels, value.out_channels
+        self.kernel_size, self.stride, self.padding = value.kernel_size, value.stride, value.padding
+        self.dilation, self.groups, self.padding_mode = value.dilation, value.groups, value.padding_mode
+        self.branches = branches
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, in_channels, H, W]`` to ``[N, out_channels, H', W']``."""
+        return self.branches(x) if self.form == "train" else self.conv(x)
+
+    def deploy_children(self) -> Children:
+        """The branches as one convolution."""
+        value = folded(self.branches, self.in_channels).promote(2)
+        return {"branches": None, "conv": as_module(value, like=self.branches)}
+
+    def extra_repr(self) -> str:
+        """The collapsed convolution, as nn.Conv2d would show it."""
+        groups = f", groups={self.groups}" if self.groups != 1 else ""
+        geometry = f"kernel_size={self.kernel_size}, stride={self.stride}"
+        return f"{self.in_channels}, {self.out_channels}, {geometry}{groups}, form={self.form}"
+
+
+@fold.register(RepConv)
+def _fold_rep_conv(module: RepConv, in_channels: int | None) -> AffineConv:
+    return fold(module.branches if module.form == "train" else module.conv, module.in_channels)
+
+
+@final
+class BranchConv(RepConv):
+    """Any mixture: ``BranchConv([a, b])(x) == a(x) + b(x)``, collapsing into one convolution.
+
+    Args:
+        branches: Modules over one input that `fold` understands, chains as ``nn.Sequential``; named, or in order.
+        in_channels: Channels of the input, where no branch can tell.
+
+    Raises:
+        FoldError: A branch is not a convolution, or their outputs differ in shape.
+    """
+
+    def __init__(
+        self, branches: Mapping[str, nn.Module] | Sequence[nn.Module], *, in_channels: int | None = None
+    ) -> None:
+        super().__init__(Sum(branches), in_channels)
+
+
+def folded(module: nn.Module, in_channels: int | None = None) -> AffineConv:
+    """Fold an eval-mode copy in float64 on the CPU; the module is not touched."""
+    return fold(_copied(module, _in_float64).eval(), in_channels)
+
+
+def as_module(value: AffineConv, *, like: nn.Module) -> nn.Module:
+    """The plain torch module of a value, cast once to the dtype and device of another module's parameters.
+
+    Raises:
+        FoldError: A weight is not finite, or not in that dtype.
+    """
+    model = next(like.parameters())
+    for tensor in (value.weight, *(() if value.bias is None else (value.bias,))):
+        if tensor.device.type != "meta" and not torch.isfinite(tensor.detach().to(model.dtype)).all():
+            raise FoldError(
+                f"{value!r} folds to values that are not finite in {model.dtype}; "
+                "look for NaN or infinite weights and BatchNorm statistics, or deploy in a wider dtype"
+            )
+    return value.to(dtype=model.dtype).to_module().to(model.device).train(like.training)
+
+
+def _copied(module: nn.Module, place: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A deep copy whose parameters and buffers are ``place``'d instead of copied."""
+    memo: dict[int, object] = {id(p): nn.Parameter(place(p.detach()), p.requires_grad) for p in module.parameters()}
+    memo |= {id(b): place(b) for b in module.buffers()}
+    return copy.deepcopy(module, memo)
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    return tensor.to("meta")
+
+
+def _in_float64(tensor: Tensor) -> Tensor:
+    device = tensor.device if tensor.device.type == "meta" else "cpu"
+    return tensor.to(device, torch.float64 if tensor.is_floating_point() else tensor.dtype)
+
+
+def require_collapsible(block: RepBlock) -> None:
+    """Try the switch on the meta device, so that what cannot be folded raises before it is trained.
+
+    Raises:
+        FoldError: The block would not fold.
+    """
+    _copied(block, _on_meta).eval().deploy_children()  # pyright: ignore[reportCallIssue]
+
+
+def switch_to_deploy(model: nn.Module) -> None:
+    """Collapse every block of a model in place; blocks in deploy form stay as they are.
+
+    All blocks are folded before the first is changed.
+
+    Raises:
+        ConfigurationError: The model is in training mode, where BatchNorm follows the batch.
+        FoldError: A block does not fold; the model is left as it was.
+    """
+    training = next((name for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        raise ConfigurationError(
+            f"{type(model).__name__}{training and f' (at {training!r})'} is in training mode; collapsed weights equal "
+            "the eval-mode model only: call eval() first, or take a copy by repblocks.deployed(model)"
+        )
+    for _, block, children in list(_switches(model)):
+        _install(block, children)
+
+
+def deployed(model: nn.Module) -> nn.Module:
+    """A deploy-form copy in eval mode: ``deployed(model)(x) == model.eval()(x)``; the model is not touched.
+
+    Raises:
+        FoldError: A block does not fold.
+    """
+    switches = list(_switches(model))
+    memo: dict[int, object] = {
+        id(block.get_submodule(name)): nn.Module()  # never copied, since the copy drops it
+        for _, block, children in switches
+        for name in children
+        if name in dict(block.named_children())
+    }
+    duplicate = copy.deepcopy(model, memo)
+    for name, _, children in switches:
+        _install(duplicate.get_submodule(name), children)
+    return duplicate.eval()
+
+
+def form_of(model: nn.Module) -> Form:
+    """Whether any block inside is still in train form: "train", else "deploy"."""
+    forms = {module.form for module in model.modules() if isinstance(module, RepBlock)}
+    return "train" if "train" in forms else "deploy"
+
+
+def _switches(module: nn.Module, name: str = "") -> Iterator[tuple[str, RepBlock, Children]]:
+    """Every block in train form with its deploy children, outermost first, skipping what those replace."""
+    children: Children = {}
+    if isinstance(module, RepBlock) and module.form == "train":
+        children = module.deploy_children()
+        yield name, module, children
+    for child_name, child in module.named_children():
+        if child_name not in children:
+            yield from _switches(child, f"{name}.{child_name}".lstrip("."))
+
+
+def _install(block: nn.Module, children: Children) -> None:
+    assert isinstance(block, RepBlock)
+    if block.form == "deploy":  # one block in two places
+        return
+    for name, child in children.items():
+        if child is None:
+            delattr(block, name)
+        else:
+            setattr(block, name, child)
+    block.form = "deploy"

@@ -1,0 +1,61 @@
+"""Plain pairs of a convolution and a BatchNorm, in both orders."""
+
+from typing import Unpack
+
+from torch import nn
+
+from repblocks.blocks.base import RepConv
+from repblocks.blocks.branches import BorderedNorm, conv, conv_bn
+from repblocks.blocks.registry import register_block
+from repblocks.blocks.spec import ConvSpec, Geometry
+from repblocks.fusion.geometry import Pair
+
+
+@register_block("plain")
+class ConvBN(RepConv):
+    """Convolution, then BatchNorm: the plain twin of every other block (paradigm 1).
+
+    Args:
+        in_channels, out_channels, kernel_size, geometry: As in ``nn.Conv2d``; ``padding=None`` keeps the grid.
+
+    Source: Ioffe & Szegedy 2015, "Batch Normalization", https://arxiv.org/abs/1502.03167.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int | Pair = 3, **geometry: Unpack[Geometry]
+    ) -> None:
+        super().__init__(conv_bn(ConvSpec.of(in_channels, out_channels, kernel_size, **geometry)))
+
+
+class BNConv(RepConv):
+    """BatchNorm, then convolution: RepNeXt's downsampling layer (paradigm 8).
+
+    Padding surrounds the normalised map by BatchNorm's image of zero, so that it folds at the border too.
+
+    Args:
+        in_channels, out_channels, kernel_size, geometry: As in ``nn.Conv2d``; ``padding=None`` pads below and to the
+            right just enough for every output pixel of a map whose size the stride divides.
+
+    Source: seed of the project, RepNeXt-U3's ``downsample_layers``.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int | Pair = 2, **geometry: Unpack[Geometry]
+    ) -> None:
+        unpadded = ConvSpec.of(in_channels, out_channels, kernel_size, **{**geometry, "padding": 0})
+        padding = geometry.get("padding")
+        spec = ConvSpec.of(
+            in_channels,
+            out_channels,
+            kernel_size,
+            **{**geometry, "padding": _just_enough(unpadded) if padding is None else padding},
+        )
+        norm = BorderedNorm(in_channels, spec.padding)
+        super().__init__(nn.Sequential(norm, conv(unpadded, bias=True)))
+
+
+def _just_enough(spec: ConvSpec) -> tuple[Pair, Pair]:
+    below, right = (
+        max(d * (k - 1) + 1 - s, 0) for d, k, s in zip(spec.dilation, spec.kernel_size, spec.stride, strict=True)
+    )
+    return (0, below), (0, right)

@@ -1,0 +1,63 @@
+"""RepUnit: the depthwise unit of RepNeXt, several kernel shapes over one map."""
+
+from collections.abc import Sequence
+from typing import Literal, Unpack
+
+from torch import nn
+
+from repblocks.blocks.base import RepConv
+from repblocks.blocks.branches import conv, conv_bn
+from repblocks.blocks.registry import register_block
+from repblocks.blocks.spec import ConvSpec, Geometry
+from repblocks.errors import ConfigurationError
+from repblocks.fusion import SplitConcat, Sum
+from repblocks.fusion.geometry import Pair
+
+
+@register_block("repunit")
+class RepUnit(RepConv):
+    """Several kernel shapes over one map: 7x7 + 1x5 + 3x1, each with its BatchNorm, depthwise unless told otherwise.
+
+    Args:
+        in_channels, out_channels, kernel_size, geometry: As in ``nn.Conv2d``; ``padding=None`` keeps the grid;
+            ``groups`` is ``in_channels`` by default.
+        kernel_sizes: Shapes inside ``kernel_size``; by default k x k, 1 x (k-2), (k-4) x 1 for the sum, and squares of
+            k, k-2, k-4 for the split.
+        merge: "sum" adds the branches; "split" gives each its own part of the channels, with one BatchNorm at the end.
+
+    Raises:
+        ConfigurationError: ``merge="split"`` of anything but a depthwise convolution.
+
+    Source: seed of the project, RepNeXt-U3's ``stages.*.feature``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int | None = None,
+        kernel_size: int | Pair = 7,
+        *,
+        kernel_sizes: Sequence[Pair] | None = None,
+        merge: Literal["sum", "split"] = "sum",
+        **geometry: Unpack[Geometry],
+    ) -> None:
+        geometry.setdefault("groups", in_channels)
+        spec = ConvSpec.of(in_channels, out_channels or in_channels, kernel_size, **geometry)
+        build = _summed if merge == "sum" else _split
+        super().__init__(build(spec, kernel_sizes))
+
+
+def _summed(spec: ConvSpec, kernel_sizes: Sequence[Pair] | None) -> nn.Module:
+    height, width = spec.kernel_size
+    sizes = kernel_sizes or ((height, width), (1, max(width - 2, 1)), (max(height - 4, 1), 1))
+    return Sum([conv_bn(spec, size) for size in sizes])
+
+
+def _split(spec: ConvSpec, kernel_sizes: Sequence[Pair] | None) -> nn.Module:
+    if not spec.groups == spec.in_channels == spec.out_channels:
+        raise ConfigurationError(f'{spec} is not depthwise; merge="split" needs groups == in_channels == out_channels')
+    height, width = spec.kernel_size
+    sizes = kernel_sizes or [(max(height - shrink, 1), max(width - shrink, 1)) for shrink in (0, 2, 4)]
+    widths = [len(range(i, spec.in_channels, len(sizes))) for i in range(len(sizes))]
+    parts = [conv(spec.depthwise(channels), size) for channels, size in zip(widths, sizes, strict=True)]
+    return nn.Sequential(SplitConcat(parts, widths), nn.BatchNorm2d(spec.out_channels))

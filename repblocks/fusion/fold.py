@@ -1,0 +1,204 @@
+"""`fold`: a module becomes the one convolution that it computes."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]  # base of every BatchNorm
+from torch.nn.modules.dropout import _DropoutNd  # pyright: ignore[reportPrivateUsage]  # base of every dropout
+
+from repblocks.errors import FoldError
+from repblocks.fusion import constructors
+from repblocks.fusion.affine_conv import AffineConv, ConvNd
+from repblocks.fusion.constructors import AvgPoolNd
+from repblocks.fusion.containers import Concat, SplitConcat, Sum
+from repblocks.fusion.faithful import has_forward_hooks, overridden_methods
+from repblocks.fusion.kernels import add, compose, concat, split_concat
+
+Rule = Callable[..., AffineConv]
+SomeRule = TypeVar("SomeRule", bound=Rule)
+
+
+class Fold:
+    """``fold(module, in_channels=None) -> AffineConv``: the value of a linear module, ``fold(m)(x) == m(x)``.
+
+    The module is taken as it behaves now: eval-mode BatchNorm folds by its running statistics, and what is random
+    or depends on the batch raises. The value refers to the live parameters, so gradients reach them. ``nn.Sequential``
+    composes, ``Sum`` adds, ``Concat`` and ``SplitConcat`` concatenate. A linear layer reads ``[N, in_features]``.
+
+    A class's rule holds for its subclasses only as far as they keep its ``forward``.
+
+    Args:
+        module: Any module with a rule; ``fold.register`` adds one.
+        in_channels: Channels of the input, where the module cannot tell (``nn.Identity``, pooling).
+
+    Raises:
+        FoldError: The module has no rule, overrides the forward of the class that has one, carries forward hooks, is
+            in training mode where that matters, or is not one convolution.
+
+    Source: Ding et al. 2021, "RepVGG", https://arxiv.org/abs/2101.03697, section 3.3.
+    """
+
+    def __init__(self) -> None:
+        self._rules: dict[type[nn.Module], Rule] = {}
+
+    def register(self, *classes: type[nn.Module]) -> Callable[[SomeRule], SomeRule]:
+        """Decorate ``rule(module, in_channels) -> AffineConv`` as the rule for these classes."""
+
+        def remember(rule: SomeRule) -> SomeRule:
+            self._rules.update(dict.fromkeys(classes, rule))
+            return rule
+
+        return remember
+
+    def __call__(self, module: nn.Module, in_channels: int | None = None) -> AffineConv:
+        """Fold ``module``; see the class."""
+        value = self.constant(module, in_channels)
+        return value if _tensor_of(module) is not None else value.to(dtype=torch.get_default_dtype())
+
+    def constant(self, module: nn.Module, in_channels: int | None) -> AffineConv:
+        """Fold, leaving what has no tensors of its own (pooling, identity) in float64, to be cast to its siblings'."""
+        cls = next((cls for cls in type(module).__mro__ if cls in self._rules), None)
+        if cls is None:
+            raise FoldError(
+                f"no rule folds {type(module).__name__}; if it is linear, give it one: @repblocks.fold.register(...)"
+            )
+        _require_faithful(module, cls)
+        return self._rules[cls](module, in_channels)
+
+
+fold = Fold()
+
+
+def _require_faithful(module: nn.Module, cls: type[nn.Module]) -> None:
+    overridden = overridden_methods(module, cls)
+    if overridden:
+        raise FoldError(
+            f"{type(module).__name__} overrides {', '.join(overridden)} of {cls.__name__}, so it may compute something "
+            f"else; register its own rule: @repblocks.fold.register({type(module).__name__})"
+        )
+    if has_forward_hooks(module):
+        raise FoldError(f"{type(module).__name__} carries forward hooks, which folding would lose; remove them first")
+
+
+def fold_siblings(modules: Iterable[nn.Module], in_channels: int | None) -> list[AffineConv]:
+    """Fold modules over one input, constants in the dtype and on the device of the others."""
+    members = list(modules)
+    known = in_channels if in_channels is not None else _first_known(members)
+    return _like_each_other(members, [fold.constant(module, known) for module in members])
+
+
+def _like_each_other(modules: Sequence[nn.Module], values: Sequence[AffineConv]) -> list[AffineConv]:
+    tensors = [_tensor_of(module) for module in modules]
+    model = next((tensor for tensor in tensors if tensor is not None), None)
+    if model is None:
+        return list(values)
+    return [
+        value.to(model.device, model.dtype) if tensor is None else value
+        for value, tensor in zip(values, tensors, strict=True)
+    ]
+
+
+def _tensor_of(module: nn.Module) -> Tensor | None:
+    return next((t for t in chain(module.parameters(), module.buffers()) if t.is_floating_point()), None)
+
+
+def _first_known(modules: Iterable[nn.Module]) -> int | None:
+    return next((channels for channels in map(_channels_read, modules) if channels is not None), None)
+
+
+def _channels_read(module: nn.Module) -> int | None:
+    match module:
+        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
+            return module.in_channels
+        case _BatchNorm():
+            return module.num_features
+        case nn.Linear():
+            return module.in_features
+        case nn.Sequential() | Sum() | Concat():
+            return _first_known(module.children())
+        case _:
+            return None
+
+
+def _known_channels(module: nn.Module, in_channels: int | None) -> int:
+    if in_channels is None:
+        raise FoldError(f"{module!r} does not tell its channels; call fold(module, in_channels=...)")
+    return in_channels
+
+
+@fold.register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def _fold_conv(module: ConvNd, in_channels: int | None) -> AffineConv:
+    return AffineConv.from_module(module)
+
+
+@fold.register(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+def _fold_batch_norm(module: _BatchNorm, in_channels: int | None) -> AffineConv:
+    if module.training and module.running_mean is not None:
+        raise FoldError(f"{module!r} is in training mode and normalises by each batch; call eval() first")
+    return constructors.from_batch_norm(module)
+
+
+@fold.register(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+def _fold_pool(module: AvgPoolNd, in_channels: int | None) -> AffineConv:
+    return constructors.from_pool(module, _known_channels(module, in_channels), dtype=torch.float64)
+
+
+@fold.register(nn.Identity)
+def _fold_identity(module: nn.Module, in_channels: int | None) -> AffineConv:
+    return constructors.identity(_known_channels(module, in_channels), dtype=torch.float64)
+
+
+@fold.register(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+def _fold_dropout(module: _DropoutNd, in_channels: int | None) -> AffineConv:
+    if module.training and module.p > 0:
+        raise FoldError(f"{module!r} is in training mode and drops at random; call eval() first")
+    return _fold_identity(module, in_channels)
+
+
+@fold.register(nn.Linear)
+def _fold_linear(module: nn.Linear, in_channels: int | None) -> AffineConv:
+    return constructors.from_linear(module)
+
+
+@fold.register(nn.Sequential)
+def _fold_sequential(module: nn.Sequential, in_channels: int | None) -> AffineConv:
+    members = list(module)
+    channels = in_channels if in_channels is not None else _first_known(members)
+    if not members:
+        return _fold_identity(module, channels)
+    links: list[AffineConv] = []
+    for member in members:
+        links.append(fold.constant(member, channels))
+        channels = links[-1].out_channels
+    return _outside_linear(module, functools.reduce(compose, _like_each_other(members, links)))
+
+
+@fold.register(Sum)
+def _fold_sum(module: Sum, in_channels: int | None) -> AffineConv:
+    return _outside_linear(module, add(*fold_siblings(module.values(), in_channels)))
+
+
+@fold.register(Concat)
+def _fold_concat(module: Concat, in_channels: int | None) -> AffineConv:
+    return _outside_linear(module, concat(*fold_siblings(module.values(), in_channels)))
+
+
+@fold.register(SplitConcat)
+def _fold_split_concat(module: SplitConcat, in_channels: int | None) -> AffineConv:
+    members = list(module.values())
+    values = [fold.constant(member, width) for member, width in zip(members, module.widths, strict=True)]
+    return _outside_linear(module, split_concat(*_like_each_other(members, values)))
+
+
+def _outside_linear(module: nn.Module, value: AffineConv) -> AffineConv:
+    """Refuse linear layers among convolutions: they act on the last dimension, not on the channels."""
+    if value.rank and any(isinstance(member, nn.Linear) for member in module.modules()):
+        raise FoldError(
+            "nn.Linear beside convolutions acts on the last dimension of the map, not on the channels; "
+            "use a 1x1 convolution, or fold the linear part alone"
+        )
+    return value

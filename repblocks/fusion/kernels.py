@@ -1,0 +1,336 @@
+"""The arithmetic of convolutions: every kernel is exact or raises FoldError."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from repblocks.errors import FoldError
+from repblocks.fusion.affine_conv import AffineConv, PaddingMode, grow
+from repblocks.fusion.geometry import Pair, insert_zeros, surround
+
+
+def add(*convs: AffineConv) -> AffineConv:
+    """Merge parallel branches: ``add(a, b)(x) == a(x) + b(x)``.
+
+    Kernels are aligned by the positions of their taps and zero-padded to the widest (paradigms 2, 4 and 6a).
+    Groups become the greatest common divisor of the branches'.
+
+    Args:
+        convs: Branches over one input, weights ``[O, I / groups, *kernel_size]``.
+
+    Raises:
+        FoldError: Channels, strides, padding modes or output grids differ.
+
+    Source: Ding et al. 2021, "RepVGG", https://arxiv.org/abs/2101.03697, section 3.3.
+    """
+    branches = _aligned("add", convs)
+    _same("add", branches, "out_channels", lambda conv: conv.out_channels)
+    weight = functools.reduce(torch.add, (conv.weight for conv in branches))
+    present = [conv.bias for conv in branches if conv.bias is not None]
+    return replace(branches[0], weight=weight, bias=functools.reduce(torch.add, present) if present else None)
+
+
+def concat(*convs: AffineConv) -> AffineConv:
+    """Merge branches whose outputs are concatenated: ``concat(a, b)(x) == cat(a(x), b(x))`` along the channels.
+
+    Grouped branches become dense; ``interleave`` keeps groups (paradigms 3 and 4).
+
+    Raises:
+        FoldError: In channels, strides, padding modes or output grids differ.
+
+    Source: Ding et al. 2021, "Diverse Branch Block", https://arxiv.org/abs/2103.13425, section 3.2.
+    """
+    branches = [ungroup(conv, 1) for conv in _aligned("concat", convs)]
+    return replace(branches[0], weight=torch.cat([conv.weight for conv in branches]), bias=_joined_bias(branches))
+
+
+def interleave(*convs: AffineConv) -> AffineConv:
+    """Merge branches channel by channel: output ``n * i + j`` is channel ``i`` of the ``j``-th of ``n`` branches.
+
+    Equal to ``concat`` up to that order, but grouped and depthwise branches stay grouped (paradigm 6b).
+
+    Raises:
+        FoldError: Channels, strides, padding modes or output grids differ.
+    """
+    branches = _aligned("interleave", convs)
+    _same("interleave", branches, "out_channels", lambda conv: conv.out_channels)
+    weight = torch.stack([conv.weight for conv in branches], dim=1).flatten(0, 1)
+    bias = _biases(branches)
+    return replace(branches[0], weight=weight, bias=torch.stack(bias, dim=1).flatten() if bias else None)
+
+
+def split_concat(*convs: AffineConv) -> AffineConv:
+    """Merge branches that each read their own slice of the channels, in order, and whose outputs are concatenated.
+
+    ``split_concat(a, b)(cat(x, y)) == cat(a(x), b(y))``: the kernel is block-diagonal, with the finest groups
+    that the blocks allow.
+
+    Raises:
+        FoldError: Strides, padding modes or output grids differ.
+
+    Source: seed of the project, RepUnit's channel-split form.
+    """
+    branches = _aligned_geometry("split_concat", _unified("split_concat", convs))
+    groups = _common_blocks(branches)
+    reads = sum(conv.in_channels for conv in branches) // groups
+    rows: list[Tensor] = []
+    start = 0
+    for conv in branches:
+        rows.append(_place_blocks(conv, start, reads))
+        start += conv.in_channels
+    return replace(branches[0], weight=torch.cat(rows), bias=_joined_bias(branches), groups=groups)
+
+
+def _common_blocks(convs: Sequence[AffineConv]) -> int:
+    """The most groups such that none cuts through a block that reads some channels to write others."""
+    reads, writes = sum(c.in_channels for c in convs), sum(c.out_channels for c in convs)
+    edges = {(0, 0)}
+    into = out = 0
+    for conv in convs:
+        a, b = conv.in_channels // conv.groups, conv.out_channels // conv.groups
+        edges |= {(into + a * g, out + b * g) for g in range(conv.groups + 1)}
+        into, out = into + conv.in_channels, out + conv.out_channels
+    common = math.gcd(reads, writes)
+    finest = (n for n in range(common, 0, -1) if common % n == 0)
+    return next(n for n in finest if all((reads // n * g, writes // n * g) in edges for g in range(n)))
+
+
+def _place_blocks(conv: AffineConv, start: int, reads: int) -> Tensor:
+    """The rows of a conv whose input starts at channel ``start``, in groups that read ``reads`` channels."""
+    width = conv.in_channels // conv.groups
+    first = start + width * torch.arange(conv.groups, device=conv.weight.device)
+    offsets = (first % reads).repeat_interleave(conv.out_channels // conv.groups)
+    columns = offsets[:, None] + torch.arange(width, device=conv.weight.device)
+    index = columns.reshape(*columns.shape, *(1,) * conv.rank).expand(conv.weight.shape)
+    empty = conv.weight.new_zeros(conv.out_channels, reads, *conv.kernel_size)
+    return empty.scatter(1, index, conv.weight)
+
+
+def compose(first: AffineConv, second: AffineConv) -> AffineConv:
+    """Merge a chain: ``compose(first, second)(x) == second(first(x))``.
+
+    Paradigms 1, 5a, 5b and 8, and two kernels of any size: the merged reach is ``d1 (k1 - 1) + s1 d2 (k2 - 1)``,
+    the stride ``s1 s2``. The groups are ``gcd(g1, g2)``, which is the finest structure of the product.
+
+    Raises:
+        FoldError: Channels differ; or ``second`` pads the border of ``first``'s output in a way that no padding
+            of the input reproduces (zeros after a bias or after a kernel that does not cover the border;
+            reflect, replicate or circular after anything but an unpadded pointwise convolution).
+
+    Source: Ding et al. 2021, "Diverse Branch Block", https://arxiv.org/abs/2103.13425, section 3.2, transform III.
+    """
+    first, second = _unified("compose", (first, second))
+    if first.out_channels != second.in_channels:
+        raise FoldError(f"cannot compose {first!r} with {second!r}: {first.out_channels} channels meet another number")
+    mode = _composed_padding_mode(first, second)
+    weight, dilation = _composed_weight(first, second)
+    padding = tuple(
+        (p1[0] + s * p2[0], p1[1] + s * p2[1])
+        for p1, s, p2 in zip(first.padding, first.stride, second.padding, strict=True)
+    )
+    return AffineConv(
+        weight=weight,
+        bias=_composed_bias(first, second),
+        stride=tuple(s1 * s2 for s1, s2 in zip(first.stride, second.stride, strict=True)),
+        padding=padding,
+        dilation=dilation,
+        groups=math.gcd(first.groups, second.groups),
+        padding_mode=mode,
+    )
+
+
+def _composed_padding_mode(first: AffineConv, second: AffineConv) -> PaddingMode:
+    if not second.pads:
+        return first.padding_mode
+    if second.padding_mode != "zeros":
+        return _mode_of_padding_a_pointwise_map(first, second)
+    if first.bias is not None:
+        raise _border_error(first, second, "zero padding after a bias is not a convolution at the border")
+    if first.pads and first.padding_mode != "zeros":
+        raise _border_error(first, second, f"{first.padding_mode} padding before zero padding is not one padding")
+    if not all(_covers_border(first, dim, pair) for dim, pair in enumerate(second.padding)):
+        raise _border_error(first, second, "the zeros stand where the first kernel would still see the input")
+    return "zeros"
+
+
+def _mode_of_padding_a_pointwise_map(first: AffineConv, second: AffineConv) -> PaddingMode:
+    """Reflect, replicate and circular padding repeat pixels, so they commute with an unpadded pointwise map."""
+    if not first.is_pointwise:
+        raise _border_error(first, second, f"{second.padding_mode} padding repeats what the first kernel has mixed")
+    return second.padding_mode
+
+
+def _covers_border(first: AffineConv, dim: int, padding: Pair) -> bool:
+    """Whether ``first`` gives zeros by itself beyond the sides that ``second`` pads."""
+    (before, after), reach = first.padding[dim], first.reach[dim]
+    return (not padding[0] or before > reach - first.stride[dim]) and (not padding[1] or after >= reach)
+
+
+def _border_error(first: AffineConv, second: AffineConv, reason: str) -> FoldError:
+    return FoldError(f"cannot compose {first!r} with {second!r}: {reason}; move the padding to the first convolution")
+
+
+def _composed_weight(first: AffineConv, second: AffineConv) -> tuple[Tensor, tuple[int, ...]]:
+    if second.is_diagonal:
+        return first.weight * second.weight.reshape(-1, *(1,) * (first.rank + 1)), first.dilation
+    if first.is_diagonal:
+        return second.weight * _per_input_channel(first.weight.flatten(), second), second.dilation
+    if not first.rank:
+        pointwise = _composed_weight(first.promote(1), second.promote(1))[0]
+        return pointwise.squeeze(-1), ()
+    return _correlated_kernels(first, second)
+
+
+def _per_input_channel(values: Tensor, conv: AffineConv) -> Tensor:
+    """A value per input channel, shaped to multiply a grouped kernel."""
+    per_group = values.reshape(conv.groups, -1).repeat_interleave(conv.out_channels // conv.groups, dim=0)
+    return per_group.reshape(conv.out_channels, -1, *(1,) * conv.rank)
+
+
+def _correlated_kernels(first: AffineConv, second: AffineConv) -> tuple[Tensor, tuple[int, ...]]:
+    """Slide the flipped second kernel over the first: the taps of the chain lie at ``d1 i + s1 d2 j``."""
+    groups = math.gcd(first.groups, second.groups)
+    first, second = ungroup(first, groups), ungroup(second, groups)
+    steps = tuple(s * d for s, d in zip(first.stride, second.dilation, strict=True))
+    dilation = tuple(
+        math.gcd(d1 if k1 > 1 else 0, step if k2 > 1 else 0) or 1
+        for k1, d1, k2, step in zip(first.kernel_size, first.dilation, second.kernel_size, steps, strict=True)
+    )
+    spread = tuple(
+        d1 // d if k > 1 else 1 for k, d1, d in zip(first.kernel_size, first.dilation, dilation, strict=True)
+    )
+    slide = tuple(step // d if k > 1 else 1 for k, step, d in zip(second.kernel_size, steps, dilation, strict=True))
+    margin = tuple((k - 1) * step for k, step in zip(second.kernel_size, slide, strict=True))
+    correlate = (F.conv1d, F.conv2d, F.conv3d)[first.rank - 1]
+    spatial = tuple(range(2, second.weight.ndim))
+    product = correlate(
+        insert_zeros(first.weight, spread).transpose(0, 1),
+        second.weight.flip(spatial),
+        padding=margin,
+        dilation=slide,
+        groups=groups,
+    )
+    return product.transpose(0, 1), dilation
+
+
+def _composed_bias(first: AffineConv, second: AffineConv) -> Tensor | None:
+    if first.bias is None:
+        return second.bias
+    taps = second.weight.flatten(2).sum(2) if second.rank else second.weight
+    per_group = taps.reshape(second.groups, -1, taps.shape[1])
+    carried = (per_group @ first.bias.reshape(second.groups, -1, 1)).flatten()
+    return carried if second.bias is None else carried + second.bias
+
+
+def pad_kernel(conv: AffineConv, kernel_size: Sequence[int]) -> AffineConv:
+    """Grow a kernel by zero taps to ``kernel_size``: ``pad_kernel(conv, kernel_size)(x) == conv(x)``.
+
+    Padding grows with it, as evenly as the old padding allows; odd, even and rectangular sizes (paradigm 4).
+
+    Raises:
+        FoldError: A side of ``kernel_size`` is smaller than the kernel's, or their numbers differ.
+    """
+    if len(kernel_size) != conv.rank or any(new < old for new, old in zip(kernel_size, conv.kernel_size, strict=True)):
+        raise FoldError(f"cannot pad {conv!r} to kernel_size={tuple(kernel_size)}: kernels only grow, per spatial dim")
+    dims = zip(kernel_size, conv.kernel_size, conv.dilation, conv.padding, strict=True)
+    return grow(conv, tuple(_even_margin(new - old, dilation, pair) for new, old, dilation, pair in dims))
+
+
+def _even_margin(taps: int, dilation: int, padding: Pair) -> Pair:
+    """Split new taps so that the padding before and after come out as equal as possible."""
+    before = (padding[1] - padding[0] + dilation * taps) // (2 * dilation)
+    before = min(max(before, 0), taps)
+    return before * dilation, (taps - before) * dilation
+
+
+def ungroup(conv: AffineConv, groups: int) -> AffineConv:
+    """The same convolution in fewer groups: ``ungroup(conv, groups)(x) == conv(x)``, zeros across old groups.
+
+    Raises:
+        FoldError: ``groups`` does not divide ``conv.groups``.
+    """
+    if groups < 1 or conv.groups % groups:
+        raise FoldError(f"cannot ungroup {conv!r} to groups={groups}: the new groups must divide the old")
+    if groups == conv.groups:
+        return conv
+    merged = conv.groups // groups
+    blocks = conv.weight.reshape(groups, merged, -1, *conv.weight.shape[1:]).movedim(1, -1)
+    weight = torch.diag_embed(blocks, dim1=1, dim2=3).reshape(conv.out_channels, -1, *conv.kernel_size)
+    return replace(conv, weight=weight, groups=groups)
+
+
+def _aligned(verb: str, convs: Sequence[AffineConv]) -> list[AffineConv]:
+    """Branches over one input with one geometry and one group count, so that only weights differ."""
+    unified = _unified(verb, convs)
+    _same(verb, unified, "in_channels", lambda conv: conv.in_channels)
+    groups = math.gcd(*(conv.groups for conv in unified))
+    return [ungroup(conv, groups) for conv in _aligned_geometry(verb, unified)]
+
+
+def _unified(verb: str, convs: Sequence[AffineConv]) -> list[AffineConv]:
+    """One rank and one dtype: maps without spatial dims take the rank of the others."""
+    if not convs:
+        raise FoldError(f"{verb} needs at least one convolution")
+    rank = max(conv.rank for conv in convs)
+    dtype = functools.reduce(torch.promote_types, (conv.weight.dtype for conv in convs))
+    return [conv.promote(rank).to(dtype=dtype) for conv in convs]
+
+
+def _same(verb: str, convs: Sequence[AffineConv], what: str, read: Callable[[AffineConv], object]) -> None:
+    if len({read(conv) for conv in convs}) > 1:
+        listed = ", ".join(map(repr, convs))
+        raise FoldError(f"cannot {verb} {listed}: {what} differ; every branch needs the same {what}")
+
+
+def _aligned_geometry(verb: str, convs: Sequence[AffineConv]) -> list[AffineConv]:
+    _same(verb, convs, "stride", lambda conv: conv.stride)
+    _same(verb, convs, "output grids (padding - dilation * (kernel_size - 1))", _grid)
+    padded = [conv for conv in convs if conv.pads]
+    _same(verb, padded, "padding_mode", lambda conv: conv.padding_mode)
+    dilation = tuple(_common_dilation(convs, dim) for dim in range(convs[0].rank))
+    before = tuple(max(conv.padding[dim][0] for conv in convs) for dim in range(convs[0].rank))
+    after = tuple(max(conv.padding[dim][1] for conv in convs) for dim in range(convs[0].rank))
+    padding = tuple(zip(before, after, strict=True))
+    mode = padded[0].padding_mode if padded else "zeros"
+    return [replace(_windowed(conv, dilation, padding), padding_mode=mode) for conv in convs]
+
+
+def _grid(conv: AffineConv) -> tuple[int, ...]:
+    """What an input side gains before striding."""
+    return tuple(before + after - reach for (before, after), reach in zip(conv.padding, conv.reach, strict=True))
+
+
+def _common_dilation(convs: Sequence[AffineConv], dim: int) -> int:
+    """The widest spacing on which the taps of all kernels lie."""
+    spacings = [conv.dilation[dim] for conv in convs if conv.kernel_size[dim] > 1]
+    shifts = [conv.padding[dim][0] - convs[0].padding[dim][0] for conv in convs]
+    return math.gcd(*spacings, *shifts) or 1
+
+
+def _windowed(conv: AffineConv, dilation: tuple[int, ...], padding: tuple[Pair, ...]) -> AffineConv:
+    """The same kernel on a finer spacing, widened to the window that ``padding`` opens."""
+    spread = tuple(
+        old // new if k > 1 else 1 for k, old, new in zip(conv.kernel_size, conv.dilation, dilation, strict=True)
+    )
+    margin = tuple(
+        ((new[0] - old[0]) // d, (new[1] - old[1]) // d)
+        for new, old, d in zip(padding, conv.padding, dilation, strict=True)
+    )
+    return replace(conv, weight=surround(insert_zeros(conv.weight, spread), margin), padding=padding, dilation=dilation)
+
+
+def _biases(convs: Sequence[AffineConv]) -> list[Tensor] | None:
+    """A bias for every branch, zeros where one has none; None if no branch has one."""
+    if all(conv.bias is None for conv in convs):
+        return None
+    return [conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias for conv in convs]
+
+
+def _joined_bias(convs: Sequence[AffineConv]) -> Tensor | None:
+    biases = _biases(convs)
+    return torch.cat(biases) if biases else None
