@@ -10,8 +10,9 @@ from torchvision.ops import StochasticDepth
 
 from repblocks.blocks.spec import ConvSpec
 from repblocks.errors import FoldError
-from repblocks.fusion import AffineConv, fold, identity
+from repblocks.fusion import AffineConv, fold, from_batch_norm, identity
 from repblocks.fusion.affine_conv import grow
+from repblocks.fusion.constructors import normalisation
 from repblocks.fusion.geometry import Pair, flat_padding
 
 
@@ -98,15 +99,17 @@ class BorderedNorm(nn.Module):
         """Normalise ``[N, C, H, W]`` and pad it."""
         if not any(map(any, self.padding)):
             return self.norm(x)
-        border = self._image_of_zero(x).reshape(-1, 1, 1)
+        border = self._image_of_zero(x)[:, None, None]
         return F.pad(self.norm(x) - border, flat_padding(self.padding)) + border
 
     def _image_of_zero(self, x: Tensor) -> Tensor:
-        mean, variance = self.norm.running_mean, self.norm.running_var
-        if self.norm.training or mean is None or variance is None:
+        if not self.norm.training and self.norm.running_mean is not None:
+            value = from_batch_norm(self.norm)
+        else:
             variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-        return F.batch_norm(torch.zeros_like(mean)[None], mean, variance, self.norm.weight, self.norm.bias,
-                            eps=self.norm.eps)[0]  # fmt: skip
+            value = normalisation(self.norm, mean, variance)
+        assert value.bias is not None
+        return value.bias
 
 
 @fold.register(BorderedNorm)

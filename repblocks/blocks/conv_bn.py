@@ -33,8 +33,8 @@ class BNConv(RepConv):
     Padding surrounds the normalised map by BatchNorm's image of zero, so that it folds at the border too.
 
     Args:
-        in_channels, out_channels, kernel_size, geometry: As in ``nn.Conv2d``; ``padding=None`` pads below and to the
-            right just enough for every output pixel of a map whose size the stride divides.
+        in_channels, out_channels, kernel_size, geometry: As in ``nn.Conv2d``, with a stride of 2 by default;
+            ``padding=None`` pads below and to the right just enough for ``size / stride`` output pixels.
 
     Source: seed of the project, RepNeXt-U3's ``downsample_layers``.
     """
@@ -42,6 +42,7 @@ class BNConv(RepConv):
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int | Pair = 2, **geometry: Unpack[Geometry]
     ) -> None:
+        geometry.setdefault("stride", 2)
         unpadded = ConvSpec.of(in_channels, out_channels, kernel_size, **{**geometry, "padding": 0})
         padding = geometry.get("padding")
         spec = ConvSpec.of(

@@ -74,9 +74,15 @@ def from_batch_norm(bn: _BatchNorm) -> AffineConv:
             f"{bn!r} has no running statistics, so it normalises by each batch and is not a convolution; "
             "train it with track_running_stats=True"
         )
-    inverse_deviation = torch.rsqrt(variance + bn.eps)
-    gamma = inverse_deviation if bn.weight is None else bn.weight * inverse_deviation  # pyright: ignore[reportUnnecessaryComparison]
-    shift = -mean * gamma if bn.bias is None else bn.bias - mean * gamma  # pyright: ignore[reportUnnecessaryComparison]
+    return normalisation(bn, mean, variance)
+
+
+def normalisation(bn: _BatchNorm, mean: Tensor, variance: Tensor) -> AffineConv:
+    """BatchNorm by given statistics, each ``[channels]``: ``(x - mean) / sqrt(variance + eps) * weight + bias``."""
+    gamma = torch.rsqrt(variance + bn.eps)
+    if bn.affine:
+        gamma = bn.weight * gamma
+    shift = bn.bias - mean * gamma if bn.affine else -mean * gamma
     return AffineConv(weight=gamma.unsqueeze(1), bias=shift, groups=len(gamma))
 
 

@@ -1,0 +1,190 @@
+import copy
+import gc
+
+import pytest
+import torch
+from support import randomise_batch_norms
+from torch import nn
+
+import repblocks as rb
+from repblocks.blocks.registry import resolve_block
+
+
+def random_net(*layers):
+    net = nn.Sequential(*layers).double()
+    return randomise_batch_norms(net, torch.Generator().manual_seed(0)).eval()
+
+
+def image(*shape):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def net():
+    return random_net(rb.RepVGGBlock(3, 8, stride=2), rb.RepNeXtBlock(8, 5), rb.BNConv(8, 4), nn.ReLU())
+
+
+def test_deployed_equals_the_model_and_leaves_it_alone(net):
+    x, weights = image(3, 3, 12, 16), copy.deepcopy(net.state_dict())
+    collapsed = rb.deployed(net)
+    torch.testing.assert_close(collapsed(x), net(x), rtol=1e-11, atol=1e-11)
+    assert rb.form_of(net) == "train"
+    assert rb.form_of(collapsed) == "deploy"
+    assert list(weights) == list(net.state_dict())
+    assert all(torch.equal(weights[key], tensor) for key, tensor in net.state_dict().items())
+
+
+def test_deployed_takes_a_model_in_training_mode_and_gives_its_eval_form(net):
+    x = image(3, 3, 12, 16)
+    expected = net(x)
+    collapsed = rb.deployed(net.train())
+    assert net.training
+    assert not any(module.training for module in collapsed.modules())
+    torch.testing.assert_close(collapsed(x), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_deployed_shares_no_tensor_with_the_model(net):
+    collapsed = rb.deployed(net)
+    own = {p.data_ptr() for p in net.parameters()}
+    assert not own & {p.data_ptr() for p in collapsed.parameters()}
+
+
+def test_deployed_keeps_hooks_and_attributes_of_the_rest(net):
+    seen = []
+    net.register_forward_hook(lambda *_: seen.append("called"))
+    net.note = {"trained": "today"}
+    collapsed = rb.deployed(net)
+    collapsed(image(1, 3, 12, 16))
+    assert seen == ["called"]
+    assert collapsed.note == net.note
+
+
+def test_a_model_without_blocks_is_copied():
+    net = random_net(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    collapsed = rb.deployed(net)
+    x = image(2, 3, 8, 9)
+    assert torch.equal(collapsed(x), net(x))
+    assert collapsed[0] is not net[0]
+
+
+def test_switching_in_training_mode_is_refused_and_says_what_to_do(net):
+    with pytest.raises(rb.ConfigurationError, match=r"training mode.*eval\(\)"):
+        rb.switch_to_deploy(net.train())
+    assert rb.form_of(net) == "train"
+
+
+def test_one_block_in_training_mode_is_named(net):
+    net[1].token_mixer.train()
+    with pytest.raises(rb.ConfigurationError, match=r"1\.token_mixer"):
+        rb.switch_to_deploy(net)
+
+
+def test_the_root_itself_may_be_a_block():
+    block = randomise_batch_norms(rb.RepVGGConv(4, 4).double(), torch.Generator().manual_seed(0)).eval()
+    x = image(2, 4, 7, 9)
+    expected = block(x)
+    rb.switch_to_deploy(block)
+    assert isinstance(block.conv, nn.Conv2d)
+    torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_one_block_in_two_places_is_switched_once():
+    shared = rb.RepVGGConv(4, 4)
+    net = random_net(shared, nn.ReLU(), shared)
+    x = image(2, 4, 7, 9)
+    expected = net(x)
+    collapsed = rb.deployed(net)
+    assert collapsed[0] is collapsed[2]
+    rb.switch_to_deploy(net)
+    for model in (net, collapsed):
+        torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_a_failed_switch_leaves_the_whole_model_trainable(net):
+    with torch.no_grad():
+        net[2].branches[1].weight[0] = torch.nan
+    before = list(net.state_dict())
+    for switch in (rb.switch_to_deploy, rb.deployed):
+        with pytest.raises(rb.FoldError, match="not finite"):
+            switch(net)
+    assert rb.form_of(net) == "train"
+    assert list(net.state_dict()) == before
+    net.train()(image(3, 3, 12, 16)).sum().backward()
+
+
+def test_weights_beyond_half_precision_are_refused():
+    block = rb.RepVGGConv(2, 2).eval()
+    nn.init.constant_(block.branches["identity"].weight, 70000.0)
+    with pytest.raises(rb.FoldError, match=r"not finite in torch\.float16.*wider dtype"):
+        rb.deployed(block.half())
+
+
+def test_a_hooked_branch_is_refused_because_folding_would_lose_the_hook(net):
+    net[0].conv.branches["kxk"][0].register_forward_hook(lambda *_: None)
+    with pytest.raises(rb.FoldError, match="hooks"):
+        rb.deployed(net)
+
+
+def test_deploying_holds_no_copy_of_the_branches():
+    block = rb.RepVGGConv(64, 64).eval()
+    collapsed = rb.deployed(block)
+    gc.collect()
+    assert sum(p.numel() for p in collapsed.parameters()) == 64 * 64 * 9 + 64
+
+
+def test_sync_batch_norm_collapses_too(net):
+    x = image(2, 3, 12, 16)
+    expected = net(x)
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(net).eval()
+    torch.testing.assert_close(rb.deployed(synced)(x), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_a_block_collapses_on_the_meta_device():
+    with torch.device("meta"):
+        block = rb.RepVGGConv(8, 8).eval()
+    block.switch_to_deploy()
+    assert block.conv.weight.is_meta
+    assert block.conv.weight.shape == (8, 8, 3, 3)
+
+
+def test_a_users_own_mixture_collapses():
+    pooled = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.AvgPool2d(3, 1, 1))
+    block = rb.BranchConv({"wide": nn.Conv2d(4, 4, 5, padding=2), "pooled": pooled, "shortcut": nn.Identity()})
+    block = block.double().eval()
+    x = image(2, 4, 9, 12)
+    torch.testing.assert_close(rb.deployed(block)(x), block(x), rtol=1e-12, atol=1e-12)
+    assert rb.deployed(block).conv.kernel_size == (5, 5)
+
+
+def test_blocks_nest_in_mixtures():
+    block = rb.BranchConv([rb.RepVGGConv(4, 4), rb.ACConv(4, 4), nn.BatchNorm2d(4)]).double()
+    randomise_batch_norms(block, torch.Generator().manual_seed(0)).eval()
+    x = image(2, 4, 9, 12)
+    torch.testing.assert_close(rb.deployed(block)(x), block(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("branches", "reason"),
+    [
+        ([nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)], "output grids"),
+        ([nn.Conv2d(4, 4, 1), nn.Conv2d(4, 8, 1)], "out_channels"),
+        ([nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1))], "zero padding after a bias"),
+        ([nn.Conv2d(4, 4, 1), nn.ReLU()], "no rule folds ReLU"),
+        ([nn.Identity()], "in_channels"),
+        ([], "at least one branch"),
+    ],
+)
+def test_mixtures_that_do_not_fold_are_refused_at_construction(branches, reason):
+    with pytest.raises(rb.FoldError, match=reason):
+        rb.BranchConv(branches)
+
+
+def test_an_unknown_block_name_suggests_the_nearest():
+    with pytest.raises(rb.ConfigurationError, match="did you mean 'repvgg'"):
+        resolve_block("repvg")
+
+
+def test_a_block_name_is_not_taken_twice():
+    with pytest.raises(rb.ConfigurationError, match="registered already, as RepVGGConv"):
+        rb.register_block("repvgg")(rb.ACConv)
+    assert rb.BLOCKS["repvgg"] is rb.RepVGGConv

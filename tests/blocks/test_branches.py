@@ -1,0 +1,95 @@
+import pytest
+import torch
+from support import randomise_batch_norms
+from timm.layers import DropPath
+from torch import nn
+from torchvision.ops import StochasticDepth
+
+import repblocks as rb
+from repblocks.blocks.branches import AlignedConv2d, BorderedNorm, conv
+from repblocks.blocks.spec import ConvSpec
+
+
+def image(*shape, **options):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1), **options)
+
+
+def test_a_plain_convolution_is_built_where_one_can_express_it():
+    spec = ConvSpec.of(4, 6, 3, stride=2, dilation=2, groups=2, padding_mode="reflect")
+    assert type(conv(spec)) is nn.Conv2d
+    assert type(conv(spec, (1, 3))) is nn.Conv2d
+    assert type(conv(spec, (1, 1))) is AlignedConv2d
+
+
+def test_a_strided_pointwise_branch_never_reaches_the_kernel_that_corrupts_memory():
+    pointwise = conv(ConvSpec.of(3, 8, 3, stride=2), (1, 1)).double()
+    plain = nn.Conv2d(3, 8, 1, stride=2, bias=False).double()
+    plain.load_state_dict(pointwise.state_dict())
+    x = image(2, 3, 9, 10, requires_grad=True)
+    z = x.detach().clone().requires_grad_()
+    pointwise(x.to(memory_format=torch.channels_last)).square().sum().backward()
+    plain(z).square().sum().backward()
+    torch.testing.assert_close(x.grad, z.grad)
+    torch.testing.assert_close(pointwise.weight.grad, plain.weight.grad)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 4, ((2, 0), (0, 3))], ids=str)
+@pytest.mark.parametrize("kernel_size", [(1, 1), (1, 5), (3, 2)], ids=str)
+def test_a_smaller_kernel_reads_the_centre_of_the_large_one(padding, kernel_size):
+    spec = ConvSpec.of(2, 2, 5, padding=padding, stride=(2, 1), dilation=(1, 2))
+    small, large = conv(spec, kernel_size).double(), conv(spec).double()
+    rows, columns = ((5 - size) // 2 for size in kernel_size)
+    with torch.no_grad():
+        large.weight.zero_()
+        large.weight[:, :, rows : rows + kernel_size[0], columns : columns + kernel_size[1]] = small.weight
+    x = image(2, 2, 11, 14)
+    torch.testing.assert_close(small(x), large(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rb.fold(small)(x), large(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_bordered_norm_pads_by_what_it_makes_of_zero(training):
+    norm = BorderedNorm(3, ((1, 0), (0, 2))).double()
+    randomise_batch_norms(norm, torch.Generator().manual_seed(0)).train(training)
+    x = image(4, 3, 5, 6) + 2
+    mean, variance = norm.norm.running_mean.clone(), norm.norm.running_var.clone()
+    if training:
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    zero = norm.norm.bias - norm.norm.weight * mean / torch.sqrt(variance + norm.norm.eps)
+    y = norm(x)
+    assert y.shape == (4, 3, 6, 8)
+    for border in (y[:, :, 0], y[:, :, :, -1], y[:, :, :, -2]):
+        torch.testing.assert_close(border, zero[:, None].expand_as(border))
+
+
+def test_a_bordered_norm_before_a_convolution_folds_into_a_padded_one():
+    chain = nn.Sequential(BorderedNorm(3, ((1, 1), (2, 2))), nn.Conv2d(3, 5, 3)).double()
+    randomise_batch_norms(chain, torch.Generator().manual_seed(0)).eval()
+    x = image(2, 3, 7, 8)
+    assert rb.fold(chain).padding == ((1, 1), (2, 2))
+    torch.testing.assert_close(rb.fold(chain)(x), chain(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("drop", [DropPath(0.3), StochasticDepth(0.3, "row")], ids=str)
+def test_drop_path_folds_to_the_identity_in_eval_mode_only(drop):
+    x = image(2, 3, 4, 5)
+    chain = nn.Sequential(nn.Conv2d(3, 3, 1, dtype=torch.float64), drop)
+    torch.testing.assert_close(rb.fold(chain.eval())(x), chain(x))
+    with pytest.raises(rb.FoldError, match="training mode"):
+        rb.fold(chain.train())
+    with pytest.raises(rb.FoldError, match="in_channels"):
+        rb.fold(drop.eval())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"padding": -1}, "padding >= 0"),
+        ({"stride": 0}, "positive"),
+        ({"groups": 3}, "groups must divide"),
+        ({"padding_mode": "mirror"}, "padding_mode must be one of zeros"),
+    ],
+)
+def test_geometry_that_is_no_convolution_is_refused(arguments, reason):
+    with pytest.raises(rb.ConfigurationError, match=reason):
+        ConvSpec.of(4, 4, 3, **arguments)
