@@ -33,6 +33,7 @@ from repblocks.errors import (
     RepblocksError,
     VerificationError,
 )
+from repblocks.export import export
 from repblocks.fusion import (
     AffineConv,
     Concat,
@@ -85,6 +86,7 @@ __all__ = [
     "convert",
     "create_model",
     "deployed",
+    "export",
     "fold",
     "form_of",
     "interleave",

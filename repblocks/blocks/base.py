@@ -82,7 +82,7 @@ class RepConv(RepBlock, ABC):
         return f"{self.in_channels}, {self.out_channels}, {geometry}{groups}, form={self.form}"
 
 
-@fold.register(RepConv)
+@fold.register(RepConv, reads=lambda block: block.in_channels)
 def _fold_rep_conv(module: RepConv, in_channels: int | None) -> AffineConv:
     return fold(module.branches if module.form == "train" else module.conv, module.in_channels)
 

@@ -39,7 +39,7 @@ class AlignedConv2d(nn.Conv2d):
             bias=bias,
             padding_mode=spec.padding_mode,
         )
-        self.window = spec.window(kernel_size)
+        self.spec, self.window = spec, spec.window(kernel_size)
 
     def forward(self, input: Tensor) -> Tensor:  # nn.Conv2d's name
         """Pad, crop, and convolve."""
@@ -50,15 +50,16 @@ class AlignedConv2d(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias, stride, 0, self.dilation, self.groups)
 
     @property
-    def _margin(self) -> tuple[Pair, Pair]:
+    def margin(self) -> tuple[Pair, Pair]:
+        """The padding of the window, without what it crops."""
         (top, bottom), (left, right) = self.window
         return (max(top, 0), max(bottom, 0)), (max(left, 0), max(right, 0))
 
     def _pad(self, x: Tensor) -> Tensor:
-        if not any(map(any, self._margin)):
+        if not any(map(any, self.margin)):
             return x
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, flat_padding(self._margin), mode)
+        return F.pad(x, flat_padding(self.margin), mode)
 
     def _crop(self, x: Tensor) -> Tensor:
         cut = [min(side, 0) for side in flat_padding(self.window)]
@@ -69,10 +70,18 @@ class AlignedConv2d(nn.Conv2d):
         return f"{super().extra_repr()}, window={self.window}"
 
 
-@fold.register(AlignedConv2d)
+@fold.register(AlignedConv2d, reads=lambda conv: conv.in_channels)
 def _fold_aligned(module: AlignedConv2d, in_channels: int | None) -> AffineConv:
     """A crop is a kernel with zero taps over the pixels that it skips."""
-    value = replace(AffineConv.from_module(module), padding=module._margin)  # pyright: ignore[reportPrivateUsage]
+    value = AffineConv(
+        weight=module.weight,
+        bias=module.bias,
+        stride=module.stride,
+        padding=module.margin,
+        dilation=module.dilation,
+        groups=module.groups,
+        padding_mode=module.spec.padding_mode,
+    )
     crop = tuple((max(-before, 0), max(-after, 0)) for before, after in module.window)
     return replace(grow(value, crop), padding=value.padding)
 
@@ -112,7 +121,7 @@ class BorderedNorm(nn.Module):
         return value.bias
 
 
-@fold.register(BorderedNorm)
+@fold.register(BorderedNorm, reads=lambda bordered: bordered.norm.num_features)
 def _fold_bordered_norm(module: BorderedNorm, in_channels: int | None) -> AffineConv:
     return replace(fold(module.norm).promote(2), padding=module.padding)
 

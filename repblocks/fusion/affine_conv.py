@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from repblocks.errors import FoldError
+from repblocks.fusion.faithful import is_faithful
 from repblocks.fusion.geometry import Pair, flat_padding, insert_zeros, reach, surround
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -52,9 +53,13 @@ class AffineConv:
 
     def __post_init__(self) -> None:
         rank = self.weight.ndim - 2
-        object.__setattr__(self, "stride", tuple(self.stride) or (1,) * rank)
-        object.__setattr__(self, "padding", tuple(self.padding) or ((0, 0),) * rank)
-        object.__setattr__(self, "dilation", tuple(self.dilation) or (1,) * rank)
+        for name, default in (("stride", 1), ("padding", (0, 0)), ("dilation", 1)):
+            given = getattr(self, name)
+            if not isinstance(given, tuple) or (name == "padding" and not all(isinstance(p, tuple) for p in given)):
+                raise FoldError(
+                    f"got {name}={given!r}; needed a tuple with one entry per spatial dim, {default!r} or other"
+                )
+            object.__setattr__(self, name, given or (default,) * rank)
         self._validate(rank)
 
     def _validate(self, rank: int) -> None:
@@ -176,7 +181,15 @@ class AffineConv:
         """The value of a convolution module: ``AffineConv.from_module(m)(x) == m(x)``.
 
         Live parameters are referenced, not copied, so gradients reach them.
+
+        Raises:
+            FoldError: It is a subclass with a forward of its own, or carries forward hooks.
         """
+        if not any(is_faithful(module, conv) for conv in CONV_CLASSES.values() if isinstance(module, conv)):
+            raise FoldError(
+                f"{type(module).__name__} is hooked, or does not run the forward of nn.Conv1d, 2d or 3d, so it may "
+                "compute something else; build its AffineConv from its weight and geometry"
+            )
         return cls(
             weight=module.weight,
             bias=module.bias,

@@ -34,8 +34,8 @@ def dirac(
 
     Source: seed of the project, "Shortcut re-parameterization", 6a.
     """
-    if channels % groups:
-        raise FoldError(f"groups={groups} must divide the {channels} channels of a dirac kernel")
+    if groups < 1 or channels % groups:
+        raise FoldError(f"groups={groups} must be positive and divide the {channels} channels of a dirac kernel")
     weight = torch.zeros(channels, channels // groups, *kernel_size, dtype=dtype)
     out = torch.arange(channels)
     weight[(out, out % (channels // groups), *(k // 2 for k in kernel_size))] = 1
@@ -80,9 +80,11 @@ def from_batch_norm(bn: _BatchNorm) -> AffineConv:
 def normalisation(bn: _BatchNorm, mean: Tensor, variance: Tensor) -> AffineConv:
     """BatchNorm by given statistics, each ``[channels]``: ``(x - mean) / sqrt(variance + eps) * weight + bias``."""
     gamma = torch.rsqrt(variance + bn.eps)
-    if bn.affine:
+    if bn.weight is not None:  # pyright: ignore[reportUnnecessaryComparison]  # None without affine parameters
         gamma = bn.weight * gamma
-    shift = bn.bias - mean * gamma if bn.affine else -mean * gamma
+    shift = -mean * gamma
+    if bn.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
+        shift = bn.bias + shift
     return AffineConv(weight=gamma.unsqueeze(1), bias=shift, groups=len(gamma))
 
 
@@ -93,14 +95,14 @@ def from_pool(pool: AvgPoolNd, channels: int, *, dtype: torch.dtype | None = Non
         FoldError: The divisor changes at the border (``count_include_pad=False`` with padding), or
             ``ceil_mode`` may add windows that reach past the input.
     """
-    rank = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}[type(pool)]
+    rank = 1 if isinstance(pool, nn.AvgPool1d) else 2 if isinstance(pool, nn.AvgPool2d) else 3
     sides, stride = _per_dim(pool.padding, rank), _per_dim(pool.stride, rank)
-    if any(sides) and not pool.count_include_pad:
+    divisor = None if isinstance(pool, nn.AvgPool1d) else pool.divisor_override
+    if any(sides) and not pool.count_include_pad and not divisor:
         raise FoldError(f"{pool!r} divides by fewer pixels at the border; set count_include_pad=True or padding=0")
     if pool.ceil_mode and any(s > 1 for s in stride):
         raise FoldError(f"{pool!r} may add windows that reach past the input; set ceil_mode=False")
     window = average(channels, _per_dim(pool.kernel_size, rank), dtype=dtype)
-    divisor = None if isinstance(pool, nn.AvgPool1d) else pool.divisor_override
     if divisor:
         window = replace(window, weight=torch.full_like(window.weight, 1 / divisor))
     return replace(window, stride=stride, padding=tuple((p, p) for p in sides))

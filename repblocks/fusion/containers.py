@@ -51,11 +51,16 @@ class SplitConcat(Branches):
     Args:
         branches: Name to module, or modules, in the order of their slices.
         widths: Channels that each branch reads.
+
+    Raises:
+        FoldError: There are not as many widths as branches.
     """
 
     def __init__(self, branches: Mapping[str, nn.Module] | Sequence[nn.Module], widths: Sequence[int]) -> None:
         super().__init__(branches)
         self.widths = tuple(widths)
+        if len(self.widths) != len(self):
+            raise FoldError(f"got {len(self)} branches and {len(self.widths)} widths; needed one width for each branch")
 
     def forward(self, x: Tensor) -> Tensor:
         """Run every branch on its slice of ``x`` and concatenate the results."""

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from repblocks.fusion.faithful import has_forward_hooks, overridden_methods
 from repblocks.fusion.kernels import add, compose, concat, split_concat
 
 Rule = Callable[..., AffineConv]
+ChannelsRead = Callable[[Any], int | None]
 SomeRule = TypeVar("SomeRule", bound=Rule)
 
 
@@ -43,16 +44,29 @@ class Fold:
     """
 
     def __init__(self) -> None:
-        self._rules: dict[type[nn.Module], Rule] = {}
+        self._rules: dict[type[nn.Module], tuple[Rule, ChannelsRead]] = {}
 
-    def register(self, *classes: type[nn.Module]) -> Callable[[SomeRule], SomeRule]:
-        """Decorate ``rule(module, in_channels) -> AffineConv`` as the rule for these classes."""
+    def register(
+        self, *classes: type[nn.Module], reads: ChannelsRead = lambda module: None
+    ) -> Callable[[SomeRule], SomeRule]:
+        """Decorate ``rule(module, in_channels) -> AffineConv`` as the rule for these classes.
+
+        ``reads(module)`` gives the channels of the input where the module knows them, for siblings that do not.
+        """
 
         def remember(rule: SomeRule) -> SomeRule:
-            self._rules.update(dict.fromkeys(classes, rule))
+            self._rules.update(dict.fromkeys(classes, (rule, reads)))
             return rule
 
         return remember
+
+    def channels_read(self, module: nn.Module) -> int | None:
+        """Channels of a module's input, as far as it knows them."""
+        cls = self._ruled_class(module)
+        return None if cls is None else self._rules[cls][1](module)
+
+    def _ruled_class(self, module: nn.Module) -> type[nn.Module] | None:
+        return next((cls for cls in type(module).__mro__ if cls in self._rules), None)
 
     def __call__(self, module: nn.Module, in_channels: int | None = None) -> AffineConv:
         """Fold ``module``; see the class."""
@@ -61,13 +75,13 @@ class Fold:
 
     def constant(self, module: nn.Module, in_channels: int | None) -> AffineConv:
         """Fold, leaving what has no tensors of its own (pooling, identity) in float64, to be cast to its siblings'."""
-        cls = next((cls for cls in type(module).__mro__ if cls in self._rules), None)
+        cls = self._ruled_class(module)
         if cls is None:
             raise FoldError(
                 f"no rule folds {type(module).__name__}; if it is linear, give it one: @repblocks.fold.register(...)"
             )
         _require_faithful(module, cls)
-        return self._rules[cls](module, in_channels)
+        return self._rules[cls][0](module, in_channels)
 
 
 fold = Fold()
@@ -103,25 +117,13 @@ def _like_each_other(modules: Sequence[nn.Module], values: Sequence[AffineConv])
 
 
 def _tensor_of(module: nn.Module) -> Tensor | None:
-    return next((t for t in chain(module.parameters(), module.buffers()) if t.is_floating_point()), None)
+    return next(
+        (t for t in chain(module.parameters(), module.buffers()) if t.is_floating_point() or t.is_complex()), None
+    )
 
 
 def _first_known(modules: Iterable[nn.Module]) -> int | None:
-    return next((channels for channels in map(_channels_read, modules) if channels is not None), None)
-
-
-def _channels_read(module: nn.Module) -> int | None:
-    match module:
-        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
-            return module.in_channels
-        case _BatchNorm():
-            return module.num_features
-        case nn.Linear():
-            return module.in_features
-        case nn.Sequential() | Sum() | Concat():
-            return _first_known(module.children())
-        case _:
-            return None
+    return next((channels for channels in map(fold.channels_read, modules) if channels is not None), None)
 
 
 def _known_channels(module: nn.Module, in_channels: int | None) -> int:
@@ -130,12 +132,12 @@ def _known_channels(module: nn.Module, in_channels: int | None) -> int:
     return in_channels
 
 
-@fold.register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+@fold.register(nn.Conv1d, nn.Conv2d, nn.Conv3d, reads=lambda conv: conv.in_channels)
 def _fold_conv(module: ConvNd, in_channels: int | None) -> AffineConv:
     return AffineConv.from_module(module)
 
 
-@fold.register(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+@fold.register(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, reads=lambda norm: norm.num_features)
 def _fold_batch_norm(module: _BatchNorm, in_channels: int | None) -> AffineConv:
     if module.training and module.running_mean is not None:
         raise FoldError(f"{module!r} is in training mode and normalises by each batch; call eval() first")
@@ -159,12 +161,12 @@ def _fold_dropout(module: _DropoutNd, in_channels: int | None) -> AffineConv:
     return _fold_identity(module, in_channels)
 
 
-@fold.register(nn.Linear)
+@fold.register(nn.Linear, reads=lambda fc: fc.in_features)
 def _fold_linear(module: nn.Linear, in_channels: int | None) -> AffineConv:
     return constructors.from_linear(module)
 
 
-@fold.register(nn.Sequential)
+@fold.register(nn.Sequential, reads=lambda chain: _first_known(chain))
 def _fold_sequential(module: nn.Sequential, in_channels: int | None) -> AffineConv:
     members = list(module)
     channels = in_channels if in_channels is not None else _first_known(members)
@@ -177,17 +179,17 @@ def _fold_sequential(module: nn.Sequential, in_channels: int | None) -> AffineCo
     return _outside_linear(module, functools.reduce(compose, _like_each_other(members, links)))
 
 
-@fold.register(Sum)
+@fold.register(Sum, reads=lambda branches: _first_known(branches.values()))
 def _fold_sum(module: Sum, in_channels: int | None) -> AffineConv:
     return _outside_linear(module, add(*fold_siblings(module.values(), in_channels)))
 
 
-@fold.register(Concat)
+@fold.register(Concat, reads=lambda branches: _first_known(branches.values()))
 def _fold_concat(module: Concat, in_channels: int | None) -> AffineConv:
     return _outside_linear(module, concat(*fold_siblings(module.values(), in_channels)))
 
 
-@fold.register(SplitConcat)
+@fold.register(SplitConcat, reads=lambda branches: sum(branches.widths))
 def _fold_split_concat(module: SplitConcat, in_channels: int | None) -> AffineConv:
     members = list(module.values())
     values = [fold.constant(member, width) for member, width in zip(members, module.widths, strict=True)]
@@ -196,7 +198,9 @@ def _fold_split_concat(module: SplitConcat, in_channels: int | None) -> AffineCo
 
 def _outside_linear(module: nn.Module, value: AffineConv) -> AffineConv:
     """Refuse linear layers among convolutions: they act on the last dimension, not on the channels."""
-    if value.rank and any(isinstance(member, nn.Linear) for member in module.modules()):
+    members = list(module.modules())
+    spatial = value.rank or any(isinstance(member, nn.BatchNorm2d | nn.BatchNorm3d) for member in members)
+    if spatial and any(isinstance(member, nn.Linear) for member in members):
         raise FoldError(
             "nn.Linear beside convolutions acts on the last dimension of the map, not on the channels; "
             "use a 1x1 convolution, or fold the linear part alone"

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -126,7 +127,10 @@ def compose(first: AffineConv, second: AffineConv) -> AffineConv:
     """
     first, second = _unified("compose", (first, second))
     if first.out_channels != second.in_channels:
-        raise FoldError(f"cannot compose {first!r} with {second!r}: {first.out_channels} channels meet another number")
+        raise FoldError(
+            f"cannot compose {first!r} with {second!r}: the first writes {first.out_channels} channels, "
+            f"the second reads {second.in_channels}"
+        )
     mode = _composed_padding_mode(first, second)
     weight, dilation = _composed_weight(first, second)
     padding = tuple(
@@ -161,7 +165,8 @@ def _composed_padding_mode(first: AffineConv, second: AffineConv) -> PaddingMode
 def _mode_of_padding_a_pointwise_map(first: AffineConv, second: AffineConv) -> PaddingMode:
     """Reflect, replicate and circular padding repeat pixels, so they commute with an unpadded pointwise map."""
     if not first.is_pointwise:
-        raise _border_error(first, second, f"{second.padding_mode} padding repeats what the first kernel has mixed")
+        reason = f"{second.padding_mode} padding commutes with an unpadded pointwise map of stride 1 only"
+        raise _border_error(first, second, reason)
     return second.padding_mode
 
 
@@ -208,14 +213,21 @@ def _correlated_kernels(first: AffineConv, second: AffineConv) -> tuple[Tensor, 
     margin = tuple((k - 1) * step for k, step in zip(second.kernel_size, slide, strict=True))
     correlate = (F.conv1d, F.conv2d, F.conv3d)[first.rank - 1]
     spatial = tuple(range(2, second.weight.ndim))
-    product = correlate(
-        insert_zeros(first.weight, spread).transpose(0, 1),
-        second.weight.flip(spatial),
-        padding=margin,
-        dilation=slide,
-        groups=groups,
-    )
+    with _full_precision(first.weight):
+        product = correlate(
+            insert_zeros(first.weight, spread).transpose(0, 1),
+            second.weight.flip(spatial),
+            padding=margin,
+            dilation=slide,
+            groups=groups,
+        )
     return product.transpose(0, 1), dilation
+
+
+def _full_precision(tensor: Tensor) -> AbstractContextManager[object]:
+    """No autocast: a kernel merged in bfloat16 is not the kernel of the branches."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _composed_bias(first: AffineConv, second: AffineConv) -> Tensor | None:
@@ -223,21 +235,24 @@ def _composed_bias(first: AffineConv, second: AffineConv) -> Tensor | None:
         return second.bias
     taps = second.weight.flatten(2).sum(2) if second.rank else second.weight
     per_group = taps.reshape(second.groups, -1, taps.shape[1])
-    carried = (per_group @ first.bias.reshape(second.groups, -1, 1)).flatten()
+    with _full_precision(taps):
+        carried = (per_group @ first.bias.reshape(second.groups, -1, 1)).flatten()
     return carried if second.bias is None else carried + second.bias
 
 
-def pad_kernel(conv: AffineConv, kernel_size: Sequence[int]) -> AffineConv:
+def pad_kernel(conv: AffineConv, kernel_size: int | Sequence[int]) -> AffineConv:
     """Grow a kernel by zero taps to ``kernel_size``: ``pad_kernel(conv, kernel_size)(x) == conv(x)``.
 
-    Padding grows with it, as evenly as the old padding allows; odd, even and rectangular sizes (paradigm 4).
+    Padding grows with it, as evenly as the old padding allows; odd, even and rectangular sizes (paradigm 4). Reflect
+    and circular padding of the new width need an input at least that large.
 
     Raises:
         FoldError: A side of ``kernel_size`` is smaller than the kernel's, or their numbers differ.
     """
-    if len(kernel_size) != conv.rank or any(new < old for new, old in zip(kernel_size, conv.kernel_size, strict=True)):
-        raise FoldError(f"cannot pad {conv!r} to kernel_size={tuple(kernel_size)}: kernels only grow, per spatial dim")
-    dims = zip(kernel_size, conv.kernel_size, conv.dilation, conv.padding, strict=True)
+    size = (kernel_size,) * conv.rank if isinstance(kernel_size, int) else tuple(kernel_size)
+    if len(size) != conv.rank or any(new < old for new, old in zip(size, conv.kernel_size, strict=True)):
+        raise FoldError(f"cannot pad {conv!r} to kernel_size={size}: kernels only grow, per spatial dim")
+    dims = zip(size, conv.kernel_size, conv.dilation, conv.padding, strict=True)
     return grow(conv, tuple(_even_margin(new - old, dilation, pair) for new, old, dilation, pair in dims))
 
 

@@ -121,10 +121,13 @@ def _require_chain(chain: Sequence[AffineConv], activations: Sequence[nn.Module]
 
 
 def _require_elementwise(activation: nn.Module) -> None:
-    shared_slope = isinstance(activation, nn.PReLU) and activation.num_parameters == 1
-    known = shared_slope or any(is_faithful(activation, cls) for cls in ELEMENTWISE if isinstance(activation, cls))
+    classes = (
+        *ELEMENTWISE,
+        *([nn.PReLU] if isinstance(activation, nn.PReLU) and activation.num_parameters == 1 else []),
+    )
+    known = any(is_faithful(activation, cls) for cls in classes if isinstance(activation, cls))
     if not known:
         raise FoldError(
-            f"{activation!r} is not known to act on every element and channel alike, so carried channels would not "
-            "pass as the shortcut does; keep the shortcut, or add the class to ELEMENTWISE"
+            f"{activation!r} is hooked, or not known to act on every element and channel alike, so carried channels "
+            "would not pass as the shortcut does; keep the shortcut, or add the class to ELEMENTWISE"
         )

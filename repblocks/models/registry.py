@@ -1,0 +1,144 @@
+"""The way into timm's registry, and out of it: register, create and list models.
+
+timm overwrites on a name clash and owns names such as ``repvgg_a0``, so the zoo's names start with ``rb_``.
+"""
+
+import difflib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import timm
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import DefaultCfg, build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from repblocks.blocks.base import Form, form_of, switch_to_deploy
+from repblocks.errors import ConfigurationError
+from repblocks.models.staged import StagedNet
+
+Model = TypeVar("Model", bound=nn.Module)
+
+IMAGENET: dict[str, Any] = {
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "pool_size": (7, 7),
+    "crop_pct": 0.875,
+    "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "classifier": "head.fc",
+}
+CIFAR: dict[str, Any] = {
+    "num_classes": 10,
+    "input_size": (3, 32, 32),
+    "pool_size": (4, 4),
+    "crop_pct": 1.0,
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+}
+
+# What says where weights and preprocessing come from, not what the network is.
+_NOT_ARCHITECTURE = frozenset(
+    {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "checkpoint_path", "scriptable", "exportable", "no_jit"}
+)
+
+
+def create_model(name: str, *, form: Form = "train", pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Build any model of timm's registry, ours (``rb_*``) or timm's.
+
+    The model carries ``model_name`` and ``model_args``: the name and the JSON-able arguments that build it again.
+
+    Args:
+        name: A registered name; ``list_models()`` gives the zoo's.
+        form: ``deploy`` gives the collapsed architecture, for models that are made of ``RepBlock``s.
+        pretrained: Load the weights published under that name.
+        kwargs: The model's arguments, such as ``num_classes`` and ``in_chans``, or timm's, such as ``features_only``.
+
+    Raises:
+        ConfigurationError: An unknown name, form or block, a deploy form of a model that has none, or an argument that
+            cannot be written to a checkpoint.
+    """
+    if ":" not in name and not timm.is_model(name):
+        raise ConfigurationError(_unknown_model(name))
+    model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    return _in_form(_remember(model, name, kwargs), form)
+
+
+def list_models(pattern: str = "rb_*", **filters: Any) -> list[str]:
+    """Registered names that match ``pattern``; by default the zoo's, with ``"*"`` timm's as well.
+
+    Args:
+        pattern: Shell-style wildcard.
+        filters: Further arguments of ``timm.list_models``.
+    """
+    return timm.list_models(pattern, **filters)
+
+
+def configs(names: Iterable[str], common: Mapping[str, Any], **special: Mapping[str, Any]) -> dict[str, DefaultCfg]:
+    """The ``default_cfgs`` of a family: ImageNet's with what is ``common`` to the family and ``special`` to one name."""
+    return generate_default_cfgs({name: {**IMAGENET, **common, **special.get(name, {})} for name in names})
+
+
+def register(name: str, family: type[StagedNet], architecture: Mapping[str, Any]) -> None:
+    """Put ``family(**architecture)`` into timm's registry, with the ``default_cfgs[name]`` of the family's module.
+
+    The entry point takes what the family's constructor takes, ``form`` and timm's own arguments.
+    """
+
+    def entrypoint(*, pretrained: bool = False, form: Form = "train", **kwargs: Any) -> nn.Module:
+        if pretrained and not (kwargs.get("pretrained_cfg") or kwargs.get("pretrained_cfg_overlay")):
+            raise ConfigurationError(
+                f"no weights are published under {name}; build it with pretrained=False and load weights that "
+                f"repblocks.convert has mapped, for example timm's"
+            )
+        settings = {**architecture, **kwargs}
+        features = 1 + sum(stride > 1 for stride in settings["strides"])
+        feature_cfg = {"flatten_sequential": True, "out_indices": tuple(range(features))}
+        model = build_model_with_cfg(family, name, pretrained, feature_cfg=feature_cfg, **settings)
+        return _in_form(_remember(model, name, kwargs), form)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__module__ = family.__module__
+    # register_model adds the name to the module's __all__.
+    setattr(sys.modules[family.__module__], name, register_model(entrypoint))
+
+
+def _unknown_model(name: str) -> str:
+    near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    return f"unknown model {name!r}; {hint}repblocks.list_models() lists ours, timm.list_models() all"
+
+
+def _remember(model: Model, name: str, kwargs: Mapping[str, Any]) -> Model:
+    """Note on the model what builds it again."""
+    config: dict[str, Any] = vars(model)["pretrained_cfg"]
+    args = {"in_chans": config["input_size"][0]}
+    if "num_classes" in config:  # timm removes it from feature backbones
+        args["num_classes"] = config["num_classes"]
+    args |= {key: value for key, value in kwargs.items() if value is not None and key not in _NOT_ARCHITECTURE}
+    try:
+        json.dumps(args)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"{name} cannot be built again from {args}: {error}; give arguments as numbers, strings, lists or "
+            f"dicts (timm takes activation and norm layers by name)"
+        ) from error
+    vars(model).update(model_name=name, model_args=args)
+    return model
+
+
+def _in_form(model: Model, form: Form) -> Model:
+    """The freshly built model, collapsed if ``form`` is ``deploy``; in training mode, as timm gives it."""
+    if form == "train":
+        return model
+    if form != "deploy":
+        raise ConfigurationError(f"unknown form {form!r}; use 'train' or 'deploy'")
+    if form_of(model) == "deploy":
+        raise ConfigurationError(
+            f"{vars(model)['model_name']} has no blocks that collapse, so it has no deploy form; "
+            f"fuse a trained copy with repblocks.collapse, or timm's blocks with timm.utils.reparameterize_model"
+        )
+    switch_to_deploy(model.eval())
+    return model.train()

@@ -1,0 +1,178 @@
+"""RepVGG: plain stacks of 3x3 blocks that train with a 1x1 and an identity branch.
+
+Source: Ding et al. 2021, "RepVGG: Making VGG-style ConvNets Great Again", https://arxiv.org/abs/2101.03697, table 2.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from timm.layers import DropPath  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor, nn
+
+from repblocks.blocks import RepVGGBlock
+from repblocks.errors import ConfigurationError
+from repblocks.fusion import Sum
+from repblocks.models.registry import CIFAR, configs, register
+from repblocks.models.staged import Stage, StagedNet, StagePlan, plan_stages
+
+
+class SqueezeExcite(nn.Module):
+    """Weigh the channels by a gate of their means: ``x * sigmoid(fc2(relu(fc1(mean(x)))))``.
+
+    Args:
+        channels: Channels of ``x``.
+        ratio: Width between the two layers relative to ``channels``.
+
+    Source: Hu et al. 2018, "Squeeze-and-Excitation Networks", https://arxiv.org/abs/1709.01507.
+    """
+
+    def __init__(self, channels: int, *, ratio: float) -> None:
+        super().__init__()
+        hidden = max(1, int(channels * ratio + 0.5))
+        self.fc1 = nn.Conv2d(channels, hidden, 1)
+        self.fc2 = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate ``[N, C, H, W]`` channel by channel."""
+        hidden = self.fc1(x.mean((2, 3), keepdim=True)).relu()
+        return x * self.fc2(hidden).sigmoid()
+
+
+class RepVGG(StagedNet):
+    """A 3x3 stem, stages of 3x3 blocks, global pooling, a linear layer.
+
+    Args:
+        depths: Blocks per stage.
+        widths: Channels per stage.
+        strides: Stride of each stage's first block.
+        stem_stride: Stride of the stem; its width is that of the first stage, at most 64.
+        groups: Groups of every second block of a stage.
+        se_ratio: Width of a squeeze-and-excitation layer between the sum and the activation, as a fraction of the
+            channels; 0 for none.
+        block: Name in ``BLOCKS`` of the linear block that the stem and the stages are made of.
+        num_classes: Outputs of the classifier; 0 for none.
+        in_chans: Channels of the image.
+        global_pool: timm's pooling name.
+        output_stride: 8, 16 or 32; strides beyond it become dilation.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first one. It drops each
+            convolution branch that runs beside an identity branch, which the paper does not do.
+
+    Raises:
+        ConfigurationError: An unknown ``block``, an ``output_stride`` that is not supported, or stochastic depth of
+            blocks without an identity branch.
+    """
+
+    def __init__(
+        self,
+        *,
+        depths: Sequence[int],
+        widths: Sequence[int],
+        strides: Sequence[int],
+        stem_stride: int,
+        groups: int = 1,
+        se_ratio: float = 0.0,
+        block: str = "repvgg",
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        output_stride: int = 32,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        stem_width = min(64, widths[0])
+        plans = plan_stages(
+            depths=depths,
+            widths=widths,
+            strides=strides,
+            stem_width=stem_width,
+            stem_stride=stem_stride,
+            output_stride=output_stride,
+            drop_path_rate=drop_path_rate,
+        )
+        se_layer = partial(SqueezeExcite, ratio=se_ratio) if se_ratio else None
+        make_block = partial(RepVGGBlock, block=block, se_layer=se_layer)
+        super().__init__(
+            make_block(in_chans, stem_width, stride=stem_stride),
+            [_stage(plan, make_block, groups) for plan in plans],
+            plans=plans,
+            stem_stride=stem_stride,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+        )
+        if drop_path_rate:
+            rates = [rate for plan in plans for rate in plan.drop_paths]
+            _drop_beside_identity((block for stage in self.stages for block in stage.children()), rates)
+
+
+def _stage(plan: StagePlan, make_block: partial[RepVGGBlock], groups: int) -> Stage:
+    return Stage(
+        *(
+            make_block(channels, plan.out_channels, stride=stride, dilation=dilation, groups=groups if i % 2 else 1)
+            for i, (channels, stride, dilation) in enumerate(plan.layers())
+        )
+    )
+
+
+def _drop_beside_identity(blocks: Iterable[nn.Module], rates: Iterable[float]) -> None:
+    """Drop convolution branches at random, in the blocks where an identity branch remains."""
+    sums = [(block.get_submodule("conv.branches"), rate) for block, rate in zip(blocks, rates, strict=True)]
+    shielded = [(list(branches.children()), rate) for branches, rate in sums if _has_identity(branches)]
+    if not shielded:
+        raise ConfigurationError(
+            "no block has an identity branch beside which its convolutions could be dropped; "
+            "use drop_path_rate=0, or a block that has one, such as block='repvgg'"
+        )
+    for branches, rate in shielded:
+        for branch in branches:
+            if isinstance(branch, nn.Sequential):
+                branch.append(DropPath(rate))
+
+
+def _has_identity(branches: nn.Module) -> bool:
+    return isinstance(branches, Sum) and any(isinstance(branch, nn.BatchNorm2d) for branch in branches.children())
+
+
+_IMAGENET = {"strides": (2, 2, 2, 2), "stem_stride": 2}
+_A = _IMAGENET | {"depths": (2, 4, 14, 1)}
+_B = _IMAGENET | {"depths": (4, 6, 16, 1)}
+_B1 = _B | {"widths": (128, 256, 512, 2048)}
+_B2 = _B | {"widths": (160, 320, 640, 2560)}
+_B3 = _B | {"widths": (192, 384, 768, 2560)}
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "rb_repvgg_a0": _A | {"widths": (48, 96, 192, 1280)},
+    "rb_repvgg_a1": _A | {"widths": (64, 128, 256, 1280)},
+    "rb_repvgg_a2": _A | {"widths": (96, 192, 384, 1408)},
+    "rb_repvgg_b0": _B | {"widths": (64, 128, 256, 1280)},
+    "rb_repvgg_b1": _B1,
+    "rb_repvgg_b1g2": _B1 | {"groups": 2},
+    "rb_repvgg_b1g4": _B1 | {"groups": 4},
+    "rb_repvgg_b2": _B2,
+    "rb_repvgg_b2g2": _B2 | {"groups": 2},
+    "rb_repvgg_b2g4": _B2 | {"groups": 4},
+    "rb_repvgg_b3": _B3,
+    "rb_repvgg_b3g2": _B3 | {"groups": 2},
+    "rb_repvgg_b3g4": _B3 | {"groups": 4},
+    "rb_repvgg_d2se": _B2 | {"depths": (8, 14, 24, 1), "se_ratio": 1 / 16},
+    "rb_repvgg_cifar": {"depths": (2, 3, 2), "widths": (32, 64, 128), "strides": (2, 2, 2), "stem_stride": 1},
+}
+
+# Names of the training form; they say which weights change with the number of input channels.
+_RECIPE = {
+    "first_conv": ("stem.conv.branches.kxk.0", "stem.conv.branches.pointwise.0"),
+    "interpolation": "bilinear",
+}
+
+default_cfgs = configs(
+    ARCHITECTURES,
+    _RECIPE,
+    rb_repvgg_d2se={"input_size": (3, 320, 320), "pool_size": (10, 10), "crop_pct": 1.0},
+    rb_repvgg_cifar=CIFAR,
+)
+
+for _name, _architecture in ARCHITECTURES.items():
+    register(_name, RepVGG, _architecture)

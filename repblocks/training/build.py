@@ -1,0 +1,162 @@
+"""The parts of a run from their groups of the configuration."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from rich import get_console
+from torch import Tensor, nn
+
+from repblocks.errors import ConfigurationError, DataError
+from repblocks.models.registry import create_model
+from repblocks.training.console import EpochBar, EpochLines
+from repblocks.training.data import ImageData
+from repblocks.training.names import known_name
+from repblocks.training.restore import carry
+from repblocks.training.task import ClassificationTask
+
+Config = Mapping[str, Any]
+
+
+def make_model(config: Config, data: ImageData) -> nn.Module:
+    """Create the model for the data's classes and channels; it carries the data's preprocessing and class names.
+
+    Args:
+        config: ``name``, ``pretrained`` and ``args``.
+        data: What the model will be trained on.
+
+    Raises:
+        ConfigurationError: An unknown model, or arguments that it refuses.
+        DataError: ``args`` ask for other classes or channels than the data has.
+    """
+    args = dict(config["args"])
+    needed = {"num_classes": len(data.class_names), "in_chans": data.preprocessing.input_size[0]}
+    for key, value in needed.items():
+        if args.setdefault(key, value) != value:
+            raise DataError(
+                f"model.args.{key}={args[key]}, but data={data.config.name} has {value}; "
+                "leave it out, it follows the data"
+            )
+    try:
+        model = create_model(config["name"], pretrained=config["pretrained"], **args)
+    except TypeError as error:
+        raise ConfigurationError(f"model.name={config['name']} refuses model.args={args}: {error}") from error
+    facts = {"num_classes": needed["num_classes"], "label_names": list(data.class_names)}
+    return carry(model, {**asdict(data.preprocessing), **facts})
+
+
+def make_trainer(config: Config, folder: Path) -> pl.Trainer:
+    """Create Lightning's trainer, which keeps ``checkpoints/best.ckpt`` and ``last.ckpt`` and writes ``metrics.csv``.
+
+    Args:
+        config: The whole configuration; group ``trainer`` holds arguments of ``pytorch_lightning.Trainer``.
+        folder: The run folder.
+
+    Raises:
+        ConfigurationError: Arguments that Lightning refuses, or hardware that is not there.
+    """
+    settings = dict(config["trainer"])
+    _require_validated_epochs(settings)
+    bar = settings.pop("enable_progress_bar") and get_console().is_terminal
+    callbacks: list[Callback] = [_checkpoints(folder), EpochLines(), *([EpochBar()] if bar else [])]
+    loggers = make_loggers(config["logger"], folder)
+    fixed: dict[str, Any] = {"default_root_dir": folder, "enable_progress_bar": bar, "enable_model_summary": False}
+    try:
+        trainer = pl.Trainer(**settings, **fixed, callbacks=callbacks, logger=loggers)
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise ConfigurationError(f"the trainer refuses {settings}: {error}; see configs/trainer/") from error
+    _refuse_sweeps_that_relaunch(trainer)
+    return trainer
+
+
+def _require_validated_epochs(settings: Config) -> None:
+    epochs = settings["max_epochs"]
+    if epochs < 1:
+        raise ConfigurationError(f"trainer.max_epochs={epochs} needs to be at least 1")
+    if settings["limit_val_batches"] == 0 or settings.get("check_val_every_n_epoch", 1) > epochs:
+        raise ConfigurationError(
+            "validation would never run, but its accuracy chooses the checkpoint that is exported; leave "
+            "trainer.limit_val_batches above 0 and trainer.check_val_every_n_epoch at most trainer.max_epochs"
+        )
+
+
+def _refuse_sweeps_that_relaunch(trainer: pl.Trainer) -> None:
+    """Lightning starts its other processes with the same command line: under --multirun each would sweep again."""
+    sweeping = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+    if sweeping and trainer.strategy.launcher is not None:
+        raise ConfigurationError(
+            "--multirun together with processes that Lightning starts would run the whole sweep in each of them; start "
+            "the processes with torchrun --nproc-per-node N train.py --multirun ..., or use trainer.devices=1"
+        )
+
+
+class LatestBest(ModelCheckpoint):
+    """Of equally good epochs it keeps the last: small validation sets tie often, later weights are better trained."""
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
+        """Whether the epoch that gave ``current`` is to be kept."""
+        tied = current is not None and self.best_model_score is not None and bool(current == self.best_model_score)
+        return tied or super().check_monitor_top_k(trainer, current)
+
+
+def _checkpoints(folder: Path) -> ModelCheckpoint:
+    return LatestBest(
+        dirpath=folder / "checkpoints",
+        filename="best",
+        monitor="val/accuracy",
+        mode="max",
+        save_last=True,
+        auto_insert_metric_name=False,
+        enable_version_counter=False,
+    )
+
+
+def make_loggers(config: Config, folder: Path) -> list[Logger]:
+    """Create the loggers: ``metrics.csv`` always, TensorBoard's files in ``tensorboard/`` if asked for.
+
+    Raises:
+        ConfigurationError: An unknown logger, or TensorBoard without its package.
+    """
+    name = known_name("logger.name", config["name"], ("csv", "tensorboard"))
+    loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
+    if name == "tensorboard":
+        try:
+            loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                'logger=tensorboard needs the package tensorboard: pip install "repblocks[tensorboard]"'
+            ) from error
+    return loggers
+
+
+def make_task(config: Config, model: nn.Module, data: ImageData, trainer: pl.Trainer) -> ClassificationTask:
+    """Create the training task, with a schedule as long as the trainer's run."""
+    assert trainer.max_epochs is not None
+    return ClassificationTask(
+        model,
+        classes=len(data.class_names),
+        optimizer=config["optimizer"],
+        scheduler=config["scheduler"],
+        epochs=trainer.max_epochs,
+        updates_per_epoch=updates_per_epoch(data, trainer),
+        label_smoothing=config["label_smoothing"],
+    )
+
+
+def updates_per_epoch(data: ImageData, trainer: pl.Trainer) -> int:
+    """Optimizer steps per epoch, from sizes alone.
+
+    Lightning's ``estimated_stepping_batches`` would build the loaders early, which breaks the exact resume of loaders
+    that keep a state.
+    """
+    batches, limit = data.training_batches(trainer.world_size), trainer.limit_train_batches
+    limited = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return max(1, math.ceil(limited / trainer.accumulate_grad_batches))

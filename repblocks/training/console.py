@@ -1,0 +1,123 @@
+"""What a run says on the terminal: a line per epoch, a table at the end, errors in one block."""
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import RichProgressBar
+from rich import get_console
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from repblocks.errors import RepblocksError
+from repblocks.training.summary import Summary
+
+_CHATTER = (
+    "Tip: For seamless cloud",  # advertisements for litlogger and litmodels
+    "GPU available: ",  # the first line of a run names the device that is used
+    "TPU available: ",
+    "HPU available: ",
+    "`Trainer.fit` stopped: `max_epochs=",  # the epoch lines end there
+)
+
+
+def quiet_lightning() -> None:
+    """Drop the messages of Lightning that say nothing to our users, each for a reason; all others stay."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_not_chatter)
+    # Images that are in memory or small are read faster without worker processes; data.workers says how many.
+    warnings.filterwarnings("ignore", r"The '\w+_dataloader' does not have many workers")
+    # Lightning 2.6 asks torch 2.11 and newer about pytrees in a way that those announce to change.
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    # The run folder already holds Hydra's record of the configuration when metrics.csv is put there.
+    warnings.filterwarnings("ignore", r"Experiment logs directory .* exists and is not empty")
+
+
+def _is_not_chatter(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return not any(chatter in message for chatter in _CHATTER)
+
+
+@contextmanager
+def readable_errors() -> Generator[None]:
+    """Show errors that repblocks raises on purpose as one block and exit with code 1.
+
+    ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
+    """
+    try:
+        yield
+    except RepblocksError as error:
+        if os.environ.get("HYDRA_FULL_ERROR"):
+            raise
+        Console(stderr=True).print(
+            Panel(Text(str(error)), title=type(error).__name__, border_style="red", title_align="left")
+        )
+        sys.exit(1)
+
+
+class EpochBar(RichProgressBar):
+    """Lightning's progress bar, counting epochs from 1 as the epoch lines do."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"
+
+
+class EpochLines(pl.Callback):
+    """Print one line per epoch, in terminals and log files alike."""
+
+    def __init__(self) -> None:
+        self.started = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self.started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the epoch's metrics, on the first process."""
+        if not trainer.is_global_zero:
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        validated = f"  val {metrics['val/accuracy']:6.2%}" if "val/accuracy" in metrics else ""
+        get_console().print(
+            f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}"
+            f"  loss {metrics['train/loss']:.4f}  train {metrics['train/accuracy']:6.2%}{validated}"
+            f"  lr {metrics['lr']:.2e}  {time.perf_counter() - self.started:.1f} s",
+            highlight=False,
+        )
+
+
+def summary_table(summary: Summary) -> Table:
+    """Both forms side by side, how far apart their outputs are, and where the files are."""
+    forms = list(summary.forms.items())
+    table = Table(title=f"{summary.model} on {summary.data}", title_justify="left")
+    table.add_column()
+    for name, _ in forms:
+        table.add_column(f"{name} form", justify="right")
+    table.add_row("test accuracy", *(f"{form.test_accuracy:.2%}" for _, form in forms))
+    table.add_row("parameters", *(f"{form.params:,}" for _, form in forms))
+    table.add_row("MACs per image", *(f"{form.macs / 1e6:,.2f} M" for _, form in forms))
+    table.add_row("latency, 1 image, 1 thread", *(f"{form.latency_ms:.2f} ms" for _, form in forms))
+    if summary.equivalence is not None:
+        report = summary.equivalence
+        table.add_row("largest output difference", "", f"{report.max_abs_error:.2g}")
+        table.add_row("  relative (at most)", "", f"{report.relative_error:.2g} ({report.tolerance:.0e})")
+    return table
+
+
+def written_files(folder: Path) -> str:
+    """The files of a run, one per line."""
+    names = ("deploy/*", "checkpoints/*", "metrics.csv", "summary.json")
+    found = [path for name in names for path in sorted(folder.glob(name))]
+    return "\n".join(["written:", *(f"  {shortest(path)}" for path in found)])
+
+
+def shortest(path: Path) -> Path:
+    """Relative to the working directory where it is inside it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,0 +1,24 @@
+"""Choosing by name, with near names in the error."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from repblocks.errors import ConfigurationError
+
+
+def known_name(setting: str, name: str, known: Iterable[str]) -> str:
+    """Return ``name`` if it is one of ``known``.
+
+    Args:
+        setting: What the user set, as written on the command line (``"optimizer.name"``).
+        name: What they set it to.
+        known: The names that exist.
+
+    Raises:
+        ConfigurationError: The name is unknown; the message lists near names, or all if there are few.
+    """
+    names = sorted(known)
+    if name in names:
+        return name
+    near = get_close_matches(name, names, n=5, cutoff=0.5) or names[:20]
+    raise ConfigurationError(f"{setting}={name} is unknown; did you mean one of: {', '.join(near)}?")

@@ -1,0 +1,114 @@
+"""A training run, from configuration to verified deploy files."""
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ModelCheckpoint
+from rich import get_console
+
+from repblocks.blocks.base import deployed
+from repblocks.errors import CheckpointError
+from repblocks.export import check_formats, export
+from repblocks.training.build import Config, make_model, make_task, make_trainer
+from repblocks.training.console import quiet_lightning, shortest, summary_table, written_files
+from repblocks.training.data import DataConfig, ImageData
+from repblocks.training.restore import model_from_checkpoint
+from repblocks.training.summary import Stopwatch, Summary, measure, versions
+from repblocks.verification import verify
+
+VERIFIED_IMAGES = 64
+"""Test images on which the two forms are compared."""
+
+
+def run(config: Config, folder: Path) -> Summary | None:
+    """Train, collapse, verify, export; every file lands in ``folder``.
+
+    Args:
+        config: The composed configuration (``configs/``) as plain values.
+        folder: The run folder.
+
+    Returns:
+        What came out; None on the processes of a distributed run that are not the first.
+
+    Raises:
+        RepblocksError: Whatever stops the run on purpose; checkpoints written until then stay.
+    """
+    quiet_lightning()
+    check_formats(config["export"]["formats"])
+    pl.seed_everything(config["seed"], workers=True, verbose=False)
+    clock = Stopwatch()
+    with clock("data"):
+        data = ImageData(DataConfig(**config["data"]))
+    model = make_model(config["model"], data)
+    trainer = make_trainer(config, folder)
+    task = make_task(config, model, data, trainer)
+    announce(config, data, trainer, folder)
+    with clock("fit"):
+        trainer.fit(task, datamodule=data)
+    return conclude(config, data, trainer, folder, clock) if trainer.is_global_zero else None
+
+
+def announce(config: Config, data: ImageData, trainer: pl.Trainer, folder: Path) -> None:
+    """Say what is about to be trained, on the first process."""
+    if trainer.is_global_zero:
+        images = ", ".join(f"{count:,} {part}" for part, count in data.splits.sizes().items())
+        device = trainer.strategy.root_device.type
+        devices = f"{trainer.world_size} {device} processes" if trainer.world_size > 1 else device
+        get_console().print(
+            f"{config['model']['name']} on {data.config.name} ({images} images) on {devices}",
+            f"run folder: {shortest(folder)}",
+            sep="\n",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def conclude(config: Config, data: ImageData, trainer: pl.Trainer, folder: Path, clock: Stopwatch) -> Summary:
+    """Collapse the best checkpoint, prove the forms equal, measure both, export, and write ``summary.json``.
+
+    Raises:
+        CheckpointError: Training wrote no checkpoint.
+        VerificationError: The forms differ on test images; nothing is exported.
+    """
+    best, val_accuracy = best_checkpoint(trainer)
+    train_form = model_from_checkpoint(best)
+    images = data.test_images(VERIFIED_IMAGES)
+    with clock("collapse and verify"):
+        deploy_form = deployed(train_form)
+        report = verify(train_form, deploy_form, images)
+        report.raise_if_different("the deploy form")
+    with clock("test"):
+        forms = measure({"train": train_form, "deploy": deploy_form}, data, trainer.strategy.root_device)
+    with clock("export"):
+        export(train_form, folder / "deploy", formats=config["export"]["formats"], inputs=images)
+    details = {
+        "classes": len(data.class_names),
+        "images": data.splits.sizes(),
+        "seed": config["seed"],
+        "epochs": trainer.current_epoch,
+        "checkpoint": {"file": f"checkpoints/{best.name}", "val_accuracy": val_accuracy},
+        "seconds": clock.seconds,
+        "versions": versions(),
+    }
+    summary = Summary(
+        model=config["model"]["name"], data=data.config.name, forms=forms, equivalence=report, details=details
+    )
+    summary.write(folder / "summary.json")
+    get_console().print(summary_table(summary))
+    get_console().print(written_files(folder), highlight=False, soft_wrap=True)
+    return summary
+
+
+def best_checkpoint(trainer: pl.Trainer) -> tuple[Path, float]:
+    """The checkpoint with the best validation accuracy, and that accuracy.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    callback = trainer.checkpoint_callback
+    if not isinstance(callback, ModelCheckpoint) or callback.best_model_score is None:
+        raise CheckpointError(
+            "training ended without a validation, so there is no checkpoint to collapse and export; let it run for "
+            "a whole epoch (leave trainer.max_steps, max_time and fast_dev_run alone)"
+        )
+    return Path(callback.best_model_path), callback.best_model_score.item()

@@ -1,0 +1,107 @@
+import pytest
+import timm
+import torch
+from support import calibrate
+from timm.models import reparameterize_model
+
+from repblocks.blocks.base import form_of
+from repblocks.convert import convert
+from repblocks.errors import CheckpointError, ConfigurationError
+from repblocks.models import create_model
+from repblocks.verification import verify
+
+
+@pytest.fixture(scope="module")
+def timms():
+    """timm's RepVGG-A0 in float64 with calibrated statistics, and its collapsed copy."""
+    return trained("repvgg_a0")
+
+
+def trained(name: str, **kwargs):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7, **kwargs).double()
+    calibrate(model, images())
+    return model.eval(), reparameterize_model(model.eval())
+
+
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 64, 96, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("form", ["train", "deploy"])
+def test_converted_weights_give_timms_outputs(timms, form):
+    theirs = timms[form == "deploy"]
+    ours = create_model("rb_repvgg_a0", num_classes=7, form=form).double()
+    ours.load_state_dict(convert(theirs.state_dict(), model="rb_repvgg_a0", num_classes=7))
+    assert form_of(ours) == form
+    verify(theirs, ours.eval(), images()).raise_if_different("the converted model")
+
+
+@pytest.mark.parametrize(("name", "widths"), [("repvgg_d2se", (40, 80, 160, 320)), ("repvgg_b1g4", (32, 64, 128, 512))])
+def test_squeeze_excitation_and_groups_survive_the_conversion(name, widths):
+    theirs, collapsed = trained(name, width_factor=0.25, stem_chs=widths[0] * 4)
+    options = {"num_classes": 7, "widths": widths}
+    ours = create_model(f"rb_{name}", **options).double()
+    ours.load_state_dict(convert(theirs.state_dict(), model=f"rb_{name}", **options))
+    verify(theirs, ours.eval(), images()).raise_if_different("the converted model")
+    verify(collapsed, ours, images()).raise_if_different("timm's collapsed model")
+
+
+@pytest.mark.parametrize("name", timm.list_models("repvgg_*"))
+def test_names_and_shapes_of_every_timm_model_are_ours(name):
+    with torch.device("meta"):
+        theirs = timm.create_model(name).state_dict()
+        ours = create_model(f"rb_{name}").state_dict()
+        converted = convert(theirs, model=f"rb_{name}")
+    assert {key: value.shape for key, value in converted.items()} == {key: value.shape for key, value in ours.items()}
+
+
+@pytest.mark.parametrize("form", ["train", "deploy"])
+def test_conversion_and_back_is_the_identity(timms, form):
+    theirs = timms[form == "deploy"].state_dict()
+    ours = convert(theirs, model="rb_repvgg_a0", num_classes=7)
+    back = convert(ours, model="rb_repvgg_a0", source="repblocks", target="timm", num_classes=7)
+    assert back.keys() == theirs.keys()
+    assert all(back[key] is theirs[key] for key in theirs)
+
+
+def test_foreign_keys_are_named(timms):
+    with pytest.raises(CheckpointError, match=r"1 of \d+ keys are not keys of timm's counterpart .*: blocks.0.weight;"):
+        convert({**timms[0].state_dict(), "blocks.0.weight": torch.zeros(1)}, model="rb_repvgg_a0", num_classes=7)
+
+
+def test_weights_under_a_wrapping_key_are_explained(timms):
+    with pytest.raises(CheckpointError, match="'state_dict' or 'model'"):
+        convert({"state_dict": timms[0].state_dict()}, model="rb_repvgg_a0", num_classes=7)
+
+
+def test_shapes_of_another_model_are_named(timms):
+    with pytest.raises(CheckpointError, match=r"head.fc.weight is \[7, 1280\] instead of \[1000, 1280\].*num_classes"):
+        convert(timms[0].state_dict(), model="rb_repvgg_a0")
+
+
+def test_missing_and_superfluous_weights_are_named(timms):
+    state = dict(timms[0].state_dict())
+    state["stages.9.9.conv_kxk.conv.weight"] = state.pop("head.fc.bias")
+    with pytest.raises(CheckpointError, match=r"head.fc.bias is missing, stages.9.9.conv.branches.kxk.0.weight is unk"):
+        convert(state, model="rb_repvgg_a0", num_classes=7)
+
+
+def test_our_own_weights_are_checked_before_they_leave(timms):
+    with pytest.raises(CheckpointError, match="not the weights of rb_repvgg_a0 in deploy form"):
+        convert(timms[0].state_dict(), model="rb_repvgg_a0", source="repblocks", target="timm", num_classes=7)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "elsewhere"}, "cannot convert from or to 'elsewhere'; there are rules for timm"),
+        ({"source": "timm", "target": "timm"}, "one of them, and only one, is 'repblocks'"),
+        ({"source": "repblocks"}, "one of them, and only one, is 'repblocks'"),
+        ({"model": "rb_repnext_cifar"}, "no rules between timm and RepNeXt, only for RepVGG"),
+        ({"model": "rb_repvg_a0"}, "did you mean .*rb_repvgg_a0"),
+    ],
+)
+def test_conversions_without_rules_are_refused(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        convert({}, **{"model": "rb_repvgg_a0", **options})

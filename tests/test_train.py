@@ -1,0 +1,66 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from repblocks.checkpoint import load
+
+ROOT = Path(__file__).parent.parent
+
+
+def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run train.py as a user would, in ``folder``."""
+    environment = {**os.environ, "COLUMNS": "200"}
+    environment.pop("HYDRA_FULL_ERROR", None)
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+@pytest.mark.slow
+def test_train_ends_with_a_table_and_deploy_files(tmp_path: Path) -> None:
+    model = ("+model.args.depths=[1,1,1]", "+model.args.widths=[8,8,8]")
+    done = train(tmp_path, *model, "trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.accelerator=cpu")
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs" / "digits-rb_repvgg_cifar").iterdir()
+    assert {path.name for path in (run / "deploy").iterdir()} == {"model.safetensors", "model.onnx", "deploy.json"}
+    assert load(run / "deploy" / "model.safetensors").training is False
+    assert json.loads((run / "summary.json").read_text())["equivalence"]["passed"]
+    for words in ("epoch   1/1", "test accuracy", "largest output difference", f"runs/{run.parent.name}/{run.name}/deploy/model.onnx"):
+        assert words in done.stdout
+    assert "Warning" not in done.stderr
+    assert "Tip:" not in done.stderr
+
+
+@pytest.mark.slow
+def test_an_error_is_one_block_with_a_failing_exit_code(tmp_path: Path) -> None:
+    done = train(tmp_path, "model.name=rb_repvgg_cifra")
+    assert done.returncode == 1
+    assert "ConfigurationError" in done.stderr
+    assert "rb_repvgg_cifar" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_explains_groups_and_shows_examples(tmp_path: Path) -> None:
+    done = train(tmp_path, "--help")
+    assert done.returncode == 0
+    for words in (
+        "parallel branches",
+        "python train.py data=cifar10",
+        "data: cifar10, cifar100, digits, imagefolder",
+        "trainer: auto, cpu, ddp, gpu",
+        "max_epochs:",
+    ):
+        assert words in done.stdout
+
+
+def test_a_mistyped_key_or_group_is_named_without_a_traceback(tmp_path: Path) -> None:
+    for wrong, words in (("trainer.max_epoch=3", "max_epoch"), ("data=cifar", "Available options in 'data'")):
+        done = train(tmp_path, wrong)
+        assert done.returncode == 1
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,71 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from repblocks.errors import ConfigurationError, DataError
+from repblocks.training.data import DataConfig, ImageData
+
+
+@pytest.fixture
+def folder_config(configure: Any, image_folder: Path) -> DataConfig:
+    overrides = (f"data.root={image_folder}", "data=imagefolder", "data.image_size=[16,24]", "data.batch_size=3")
+    return DataConfig(**configure(*overrides, "data.workers=0")["data"])
+
+
+def test_batches_are_images_and_labels(folder_config: DataConfig) -> None:
+    images, labels = next(iter(ImageData(folder_config).train_dataloader()))
+    assert images.shape == (3, 3, 16, 24)
+    assert images.dtype == torch.float32
+    assert set(labels.tolist()) <= {0, 1}
+
+
+@pytest.mark.parametrize(("drop_last", "sizes"), [(True, [3, 3]), (False, [3, 3, 2])])
+def test_training_drops_an_incomplete_batch_if_told_to(
+    folder_config: DataConfig,
+    drop_last: bool,  # noqa: FBT001 - a test case
+    sizes: list[int],
+) -> None:
+    data = ImageData(replace(folder_config, drop_last=drop_last))
+    assert [len(labels) for _, labels in data.train_dataloader()] == sizes
+    assert data.training_batches() == len(sizes)
+
+
+def test_evaluation_sees_every_image_once_in_order(folder_config: DataConfig) -> None:
+    data = ImageData(folder_config)
+    assert torch.cat([labels for _, labels in data.test_dataloader()]).tolist() == [0, 0, 0, 1, 1, 1]
+    assert torch.cat([labels for _, labels in data.val_dataloader()]).tolist() == [0, 0, 1, 1]
+
+
+def test_test_images_are_spread_over_the_classes(folder_config: DataConfig) -> None:
+    data = ImageData(folder_config)
+    everything = torch.cat([images for images, _ in data.test_dataloader()])
+    torch.testing.assert_close(data.test_images(3), everything[::2])
+    torch.testing.assert_close(data.test_images(100), everything)
+
+
+def test_processes_share_the_batches(folder_config: DataConfig) -> None:
+    data = ImageData(replace(folder_config, batch_size=2))
+    assert [data.training_batches(processes) for processes in (1, 2, 3)] == [4, 2, 1]
+    with pytest.raises(DataError, match="8 training images on 8 process"):
+        data.training_batches(8)
+
+
+def test_fewer_images_than_a_batch_are_refused_before_training(folder_config: DataConfig) -> None:
+    with pytest.raises(
+        DataError, match=r"8 training images .* data\.batch_size=9; lower it, or set data\.drop_last=false"
+    ):
+        ImageData(replace(folder_config, batch_size=9))
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"workers": -1}])
+def test_impossible_batching_is_refused(folder_config: DataConfig, wrong: dict[str, int]) -> None:
+    with pytest.raises(ConfigurationError, match="need to be at least 1 and 0"):
+        ImageData(replace(folder_config, **wrong))
+
+
+def test_worker_processes_load_the_same_images(folder_config: DataConfig) -> None:
+    data = ImageData(replace(folder_config, workers=1))
+    torch.testing.assert_close(torch.cat([images for images, _ in data.test_dataloader()]), data.test_images(100))

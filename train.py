@@ -1,0 +1,23 @@
+"""Train, collapse, verify and export an image classifier: ``python train.py --help``."""
+
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(config: DictConfig) -> None:
+    """Run the composed configuration in Hydra's run folder."""
+    # Imported here so that --help and typing errors do not wait for torch.
+    from repblocks.training import readable_errors, run
+
+    with readable_errors():
+        settings = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(settings, dict)
+        run({str(group): values for group, values in settings.items()}, Path(HydraConfig.get().runtime.output_dir))
+
+
+if __name__ == "__main__":
+    main()
