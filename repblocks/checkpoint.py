@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from repblocks.blocks.base import RepBlock, deployed, form_of, switch_to_deploy
 from repblocks.errors import CheckpointError, ConfigurationError, RepblocksError
-from repblocks.models.registry import create_model
+from repblocks.models.registry import Model, carry, create_model
 
 Form = Literal["train", "deploy"]
 
@@ -93,7 +93,7 @@ def load(path: str | Path, *, form: Form | None = None) -> nn.Module:
         load_weights(model, _tied(model, weights, about["shared"]), assign=True)
     except CheckpointError as error:
         raise CheckpointError(f"{path} does not fit {about['model']}, which it names: {error}") from error
-    _carry(model, about)
+    carry_description(model, about)
     return deployed(model) if form == "deploy" else model.eval()
 
 
@@ -142,6 +142,14 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "versions": {package: version(package) for package in ("repblocks", "torch", "timm")},
     }
+
+
+def carry_description(model: Model, about: Mapping[str, Any]) -> Model:
+    """Put the class names and the preprocessing of a description where timm keeps them."""
+    facts = {key: tuple(value) if isinstance(value, list) else value for key, value in about["preprocessing"].items()}
+    facts["label_names"] = tuple(about["classes"]) if about["classes"] else None
+    facts |= {key: value for key, value in about["args"].items() if key == "num_classes"}
+    return carry(model, facts)
 
 
 @contextmanager
@@ -291,14 +299,6 @@ def _tied(model: nn.Module, weights: Mapping[str, Tensor], shared: Mapping[str, 
     return {name: kept.get(name, weights[name]) for name in weights} | {
         name: kept.get(source, weights[source]) for name, source in shared.items()
     }
-
-
-def _carry(model: Any, about: Mapping[str, Any]) -> None:
-    """Put class names and preprocessing where timm keeps them."""
-    facts = {key: tuple(value) if isinstance(value, list) else value for key, value in about["preprocessing"].items()}
-    facts["label_names"] = tuple(about["classes"]) if about["classes"] else None
-    facts |= {key: value for key, value in about["args"].items() if key == "num_classes"}
-    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **facts}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -122,13 +122,21 @@ def check_formats(formats: Iterable[str]) -> dict[str, Format]:
         raise ConfigurationError(f"unknown export format {unknown[0]!r}; choose from {', '.join(FORMATS)}")
     chosen = {name: FORMATS[name] for name in names}
     for name, format in chosen.items():
-        missing = [package for package in format.packages if importlib.util.find_spec(package) is None]
-        if missing:
+        if missing := _missing_packages(format):
             raise ConfigurationError(
                 f"the {name} format needs {', '.join(missing)}, not installed here; "
                 'run: pip install "repblocks[export]", or choose other formats'
             )
     return chosen
+
+
+def installed_formats() -> list[str]:
+    """The formats whose packages are installed."""
+    return [name for name, format in FORMATS.items() if not _missing_packages(format)]
+
+
+def _missing_packages(format: Format) -> list[str]:
+    return [package for package in format.packages if importlib.util.find_spec(package) is None]
 
 
 def _batches(model: nn.Module, inputs: Tensor | None) -> list[Tensor]:

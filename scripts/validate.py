@@ -1,6 +1,7 @@
 """Test accuracy of a training checkpoint, or of a safetensors file of repblocks, in every form it has."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,11 +76,14 @@ def preprocessing(model: Any) -> list[str]:
 
 def data_config(overrides: Sequence[str]) -> dict[str, Any]:
     """Compose the data group as train.py does."""
+    others = [override for override in overrides if not re.match(r"[+~]*data[.=]", override)]
+    if others:
+        raise ConfigurationError(f"{others[0]!r} is not about the data; only data=NAME and data.KEY=VALUE apply here")
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             config: DictConfig = compose("train", [*overrides])
     except HydraException as error:
-        raise ConfigurationError(f"{error}; see configs/data/") from error
+        raise ConfigurationError(str(error)) from error
     values: Any = OmegaConf.to_container(config.data, resolve=True)
     return values
 

@@ -1,10 +1,14 @@
 """Every Python block of the README runs, in order, in one namespace: what it shows is true."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+import repblocks as rb
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -27,3 +31,11 @@ def test_every_file_that_the_readme_names_exists():
     missing = [name for name in named if not (README.parent / name).exists()]
     assert named
     assert not missing
+
+
+@pytest.mark.slow
+def test_the_table_of_models_is_what_its_command_prints():
+    command = [sys.executable, "scripts/list_models.py"]
+    printed = subprocess.run(command, cwd=README.parent, capture_output=True, text=True, check=True).stdout
+    assert printed.count("| `rb_") == len(rb.list_models())
+    assert printed in README.read_text(encoding="utf-8")

@@ -30,7 +30,12 @@ def test_train_ends_with_a_table_and_deploy_files(tmp_path: Path) -> None:
     assert {path.name for path in (run / "deploy").iterdir()} == {"model.safetensors", "model.onnx", "deploy.json"}
     assert load(run / "deploy" / "model.safetensors").training is False
     assert json.loads((run / "summary.json").read_text())["equivalence"]["passed"]
-    for words in ("epoch   1/1", "test accuracy", "largest output difference", f"runs/{run.parent.name}/{run.name}/deploy/model.onnx"):
+    for words in (
+        "epoch   1/1",
+        "test accuracy",
+        "largest output difference",
+        f"runs/{run.parent.name}/{run.name}/deploy/model.onnx",
+    ):
         assert words in done.stdout
     assert "Warning" not in done.stderr
     assert "Tip:" not in done.stderr

@@ -73,6 +73,11 @@ def test_another_dataset_is_refused(script: Any, finished: Path, tmp_path: Path)
         script.validate(finished / CHECKPOINT, ["data=imagefolder", f"data.root={tmp_path / 'none'}"])
 
 
+def test_overrides_that_validation_would_ignore_are_refused(script: Any, finished: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"'trainer\.max_epochs=3' is not about the data"):
+        script.validate(finished / CHECKPOINT, ["data=digits", "trainer.max_epochs=3"])
+
+
 def test_mistyped_overrides_are_named(script: Any, finished: Path) -> None:
     with pytest.raises(ConfigurationError, match="batch_sise"):
         script.validate(finished / CHECKPOINT, ["data.batch_sise=3"])

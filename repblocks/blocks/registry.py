@@ -1,11 +1,11 @@
 """Linear blocks by short name, for models, configs and whoever compares them."""
 
-import difflib
 from collections.abc import Callable
 from typing import TypeVar
 
 from repblocks.blocks.base import RepConv
 from repblocks.errors import ConfigurationError
+from repblocks.names import known_name
 
 BLOCKS: dict[str, type[RepConv]] = {}
 SomeBlock = TypeVar("SomeBlock", bound=type[RepConv])
@@ -32,8 +32,4 @@ def resolve_block(name: str) -> Callable[..., RepConv]:
     Raises:
         ConfigurationError: No block has that name.
     """
-    if name not in BLOCKS:
-        near = difflib.get_close_matches(name, BLOCKS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigurationError(f"no block is named {name!r}{hint} (blocks: {', '.join(sorted(BLOCKS))})")
-    return BLOCKS[name]
+    return BLOCKS[known_name("block", name, BLOCKS)]

@@ -3,7 +3,6 @@
 timm overwrites on a name clash and owns names such as ``repvgg_a0``, so the zoo's names start with ``rb_``.
 """
 
-import difflib
 import json
 import sys
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from torch import nn
 from repblocks.blocks.base import Form, form_of, switch_to_deploy
 from repblocks.errors import ConfigurationError
 from repblocks.models.staged import StagedNet
+from repblocks.names import known_name
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -61,8 +61,11 @@ def create_model(name: str, *, form: Form = "train", pretrained: bool = False, *
             cannot be written to a checkpoint.
     """
     if ":" not in name and not timm.is_model(name):
-        raise ConfigurationError(_unknown_model(name))
-    model = timm.create_model(name, pretrained=pretrained, **kwargs)
+        known_name("model", name, timm.list_models())
+    try:
+        model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    except TypeError as error:
+        raise ConfigurationError(f"{name} refuses the arguments {kwargs}: {error}") from error
     return _in_form(_remember(model, name, kwargs), form)
 
 
@@ -77,7 +80,7 @@ def list_models(pattern: str = "rb_*", **filters: Any) -> list[str]:
 
 
 def configs(names: Iterable[str], common: Mapping[str, Any], **special: Mapping[str, Any]) -> dict[str, DefaultCfg]:
-    """The ``default_cfgs`` of a family: ImageNet's with what is ``common`` to the family and ``special`` to one name."""
+    """The ``default_cfgs`` of a family: ImageNet's, with what is ``common`` to it and ``special`` to one name."""
     return generate_default_cfgs({name: {**IMAGENET, **common, **special.get(name, {})} for name in names})
 
 
@@ -105,12 +108,6 @@ def register(name: str, family: type[StagedNet], architecture: Mapping[str, Any]
     setattr(sys.modules[family.__module__], name, register_model(entrypoint))
 
 
-def _unknown_model(name: str) -> str:
-    near = difflib.get_close_matches(name, timm.list_models(), n=3)
-    hint = f"did you mean {', '.join(near)}? " if near else ""
-    return f"unknown model {name!r}; {hint}repblocks.list_models() lists ours, timm.list_models() all"
-
-
 def _remember(model: Model, name: str, kwargs: Mapping[str, Any]) -> Model:
     """Note on the model what builds it again."""
     config: dict[str, Any] = vars(model)["pretrained_cfg"]
@@ -126,7 +123,22 @@ def _remember(model: Model, name: str, kwargs: Mapping[str, Any]) -> Model:
             f"dicts (timm takes activation and norm layers by name)"
         ) from error
     vars(model).update(model_name=name, model_args=args)
+    if args["in_chans"] != config["input_size"][0]:
+        carry(model, _for_channels(args["in_chans"], config))
     return model
+
+
+def carry(model: Model, facts: Mapping[str, Any]) -> Model:
+    """Put facts (timm's names: ``input_size``, ``mean``, ``label_names``, ...) where timm and export look for them."""
+    config = {**vars(model)["pretrained_cfg"], **facts}
+    vars(model).update(pretrained_cfg=config, default_cfg=config)
+    return model
+
+
+def _for_channels(in_chans: int, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Preprocessing of images with other channels than the default ones: each gets the average statistics."""
+    average = {key: (sum(config[key]) / len(config[key]),) * in_chans for key in ("mean", "std")}
+    return {"input_size": (in_chans, *config["input_size"][1:]), **average}
 
 
 def _in_form(model: Model, form: Form) -> Model:
@@ -138,7 +150,7 @@ def _in_form(model: Model, form: Form) -> Model:
     if form_of(model) == "deploy":
         raise ConfigurationError(
             f"{vars(model)['model_name']} has no blocks that collapse, so it has no deploy form; "
-            f"fuse a trained copy with repblocks.collapse, or timm's blocks with timm.utils.reparameterize_model"
+            "timm's own multi-branch models are fused by timm.utils.reparameterize_model"
         )
     switch_to_deploy(model.eval())
     return model.train()

@@ -24,6 +24,7 @@ class RepNeXt(StagedNet):
         widths: Channels per stage; the stem has the first one.
         strides: Stride of the downsampling layer before each stage; 1 for none.
         stem_stride: Stride of the stem: its patch size, or a 3x3 stem if it is 1.
+        block: Name in ``BLOCKS`` of the linear block that mixes pixels.
         shortcut: Whether the deploy form absorbs the blocks' shortcuts into their convs or keeps them.
         pointwise: Whether the blocks' 1x1s run as convs or as linear layers.
         num_classes: Outputs of the classifier; 0 for none.
@@ -44,6 +45,7 @@ class RepNeXt(StagedNet):
         widths: Sequence[int],
         strides: Sequence[int],
         stem_stride: int,
+        block: str = "repunit",
         shortcut: Literal["absorb", "keep"] = "absorb",
         pointwise: Literal["conv", "linear"] = "conv",
         num_classes: int = 1000,
@@ -62,7 +64,7 @@ class RepNeXt(StagedNet):
             output_stride=output_stride,
             drop_path_rate=drop_path_rate,
         )
-        make_block = partial(RepNeXtBlock, shortcut=shortcut, pointwise=pointwise)
+        make_block = partial(RepNeXtBlock, block=block, shortcut=shortcut, pointwise=pointwise)
         super().__init__(
             _stem(in_chans, widths[0], stem_stride),
             [_stage(plan, make_block) for plan in plans],

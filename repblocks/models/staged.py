@@ -30,7 +30,6 @@ class StagePlan:
 
     in_channels: int
     out_channels: int
-    depth: int
     stride: int
     first_dilation: int
     dilation: int
@@ -41,7 +40,7 @@ class StagePlan:
     def layers(self) -> Iterator[tuple[int, int, int]]:
         """Channels in, stride and dilation of each layer."""
         yield self.in_channels, self.stride, self.first_dilation
-        for _ in range(self.depth - 1):
+        for _ in self.drop_paths[1:]:
             yield self.out_channels, 1, self.dilation
 
 
@@ -81,7 +80,6 @@ def plan_stages(
             StagePlan(
                 in_channels=channels,
                 out_channels=width,
-                depth=depth,
                 stride=stride,
                 first_dilation=first_dilation,
                 dilation=dilation,

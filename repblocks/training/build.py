@@ -16,11 +16,10 @@ from rich import get_console
 from torch import Tensor, nn
 
 from repblocks.errors import ConfigurationError, DataError
-from repblocks.models.registry import create_model
+from repblocks.models.registry import carry, create_model
+from repblocks.names import known_name
 from repblocks.training.console import EpochBar, EpochLines
 from repblocks.training.data import ImageData
-from repblocks.training.names import known_name
-from repblocks.training.restore import carry
 from repblocks.training.task import ClassificationTask
 
 Config = Mapping[str, Any]
@@ -45,10 +44,7 @@ def make_model(config: Config, data: ImageData) -> nn.Module:
                 f"model.args.{key}={args[key]}, but data={data.config.name} has {value}; "
                 "leave it out, it follows the data"
             )
-    try:
-        model = create_model(config["name"], pretrained=config["pretrained"], **args)
-    except TypeError as error:
-        raise ConfigurationError(f"model.name={config['name']} refuses model.args={args}: {error}") from error
+    model = create_model(config["name"], pretrained=config["pretrained"], **args)
     facts = {"num_classes": needed["num_classes"], "label_names": list(data.class_names)}
     return carry(model, {**asdict(data.preprocessing), **facts})
 
@@ -72,7 +68,9 @@ def make_trainer(config: Config, folder: Path) -> pl.Trainer:
     try:
         trainer = pl.Trainer(**settings, **fixed, callbacks=callbacks, logger=loggers)
     except (MisconfigurationException, TypeError, ValueError) as error:
-        raise ConfigurationError(f"the trainer refuses {settings}: {error}; see configs/trainer/") from error
+        raise ConfigurationError(
+            f"the trainer refuses its settings: {error}; change trainer.*, described in configs/trainer/auto.yaml"
+        ) from error
     _refuse_sweeps_that_relaunch(trainer)
     return trainer
 
@@ -126,7 +124,7 @@ def make_loggers(config: Config, folder: Path) -> list[Logger]:
         ConfigurationError: An unknown logger, or TensorBoard without its package.
     """
     name = known_name("logger.name", config["name"], ("csv", "tensorboard"))
-    loggers: list[Logger] = [CSVLogger(folder, name="", version="")]
+    loggers: list[Logger] = [CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)]
     if name == "tensorboard":
         try:
             loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))

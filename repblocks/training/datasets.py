@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from repblocks.errors import DataError
-from repblocks.training.names import known_name
+from repblocks.names import known_name
 
 Images = Dataset[tuple[Image.Image, int]]
 

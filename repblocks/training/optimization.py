@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from repblocks.errors import ConfigurationError
-from repblocks.training.names import known_name
+from repblocks.names import known_name
 
 SCHEDULES = ("constant", "cosine", "multistep", "none", "poly", "step", "tanh")
 """timm's schedules that follow the clock only; ``plateau`` needs a metric and is deprecated there."""

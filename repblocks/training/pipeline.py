@@ -8,7 +8,7 @@ from rich import get_console
 
 from repblocks.blocks.base import deployed
 from repblocks.errors import CheckpointError
-from repblocks.export import check_formats, export
+from repblocks.export import FORMATS, check_formats, export, installed_formats
 from repblocks.training.build import Config, make_model, make_task, make_trainer
 from repblocks.training.console import quiet_lightning, shortest, summary_table, written_files
 from repblocks.training.data import DataConfig, ImageData
@@ -34,7 +34,7 @@ def run(config: Config, folder: Path) -> Summary | None:
         RepblocksError: Whatever stops the run on purpose; checkpoints written until then stay.
     """
     quiet_lightning()
-    check_formats(config["export"]["formats"])
+    check_formats(chosen_formats(config))
     pl.seed_everything(config["seed"], workers=True, verbose=False)
     clock = Stopwatch()
     with clock("data"):
@@ -48,6 +48,21 @@ def run(config: Config, folder: Path) -> Summary | None:
     return conclude(config, data, trainer, folder, clock) if trainer.is_global_zero else None
 
 
+def chosen_formats(config: Config) -> list[str]:
+    """The formats to export: as configured, or all that are installed."""
+    formats = config["export"]["formats"]
+    return installed_formats() if formats is None else formats
+
+
+def left_out(config: Config) -> list[str]:
+    """Formats that would be exported if their packages were installed."""
+    return (
+        []
+        if config["export"]["formats"] is not None
+        else [name for name in FORMATS if name not in chosen_formats(config)]
+    )
+
+
 def announce(config: Config, data: ImageData, trainer: pl.Trainer, folder: Path) -> None:
     """Say what is about to be trained, on the first process."""
     if trainer.is_global_zero:
@@ -57,8 +72,10 @@ def announce(config: Config, data: ImageData, trainer: pl.Trainer, folder: Path)
         get_console().print(
             f"{config['model']['name']} on {data.config.name} ({images} images) on {devices}",
             f"run folder: {shortest(folder)}",
+            *(f"{name} is not exported: pip install 'repblocks[export]'" for name in left_out(config)),
             sep="\n",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
 
@@ -80,7 +97,7 @@ def conclude(config: Config, data: ImageData, trainer: pl.Trainer, folder: Path,
     with clock("test"):
         forms = measure({"train": train_form, "deploy": deploy_form}, data, trainer.strategy.root_device)
     with clock("export"):
-        export(train_form, folder / "deploy", formats=config["export"]["formats"], inputs=images)
+        export(train_form, folder / "deploy", formats=chosen_formats(config), inputs=images)
     details = {
         "classes": len(data.class_names),
         "images": data.splits.sizes(),
@@ -95,7 +112,7 @@ def conclude(config: Config, data: ImageData, trainer: pl.Trainer, folder: Path,
     )
     summary.write(folder / "summary.json")
     get_console().print(summary_table(summary))
-    get_console().print(written_files(folder), highlight=False, soft_wrap=True)
+    get_console().print(written_files(folder), highlight=False, markup=False, soft_wrap=True)
     return summary
 
 

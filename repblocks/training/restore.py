@@ -1,27 +1,19 @@
 """Training checkpoints: the model back from what they say about it."""
 
 import pickle
-import warnings
-from collections.abc import Mapping
+import zipfile
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from repblocks.checkpoint import load_weights
+from repblocks.checkpoint import carry_description, load_weights
 from repblocks.errors import CheckpointError
 from repblocks.models.registry import create_model
 
 ENTRY = "repblocks"
 """Key of a Lightning checkpoint under which ``repblocks.checkpoint.describe`` of its model stands."""
-
-
-def carry(model: nn.Module, facts: Mapping[str, Any]) -> nn.Module:
-    """Put facts about the data (timm's names: ``mean``, ``label_names``, ...) where saving and export find them."""
-    carrier = cast("Any", model)
-    carrier.pretrained_cfg = carrier.default_cfg = {**carrier.pretrained_cfg, **facts}
-    return model
 
 
 def model_from_checkpoint(path: Path) -> nn.Module:
@@ -42,29 +34,29 @@ def model_from_checkpoint(path: Path) -> nn.Module:
         load_weights(model, {key[6:]: value for key, value in state.items() if key.startswith("model.")})
     except CheckpointError as error:
         raise CheckpointError(f"the weights in {path} are not those of {about['model']}: {error}") from error
-    return carry(model, {**about["preprocessing"], "label_names": about["classes"]}).eval()
+    return carry_description(model, about).eval()
 
 
 def _read(path: Path) -> dict[str, Any]:
     """Load plain values and tensors only: pickled code is refused, not run."""
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path.absolute()}; checkpoints are in RUN/checkpoints/")
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(_unreadable(path, "it is no complete archive of torch.save"))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on unusual pickles; the error says what is wrong
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no file {path.absolute()}; checkpoints are in RUN/checkpoints/") from error
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is foreign: it holds objects other than tensors and plain values, which are not loaded because "
-            f"they can run code ({_first_line(error)})"
+            f"they can run code ({str(error).partition(chr(10))[0]})"
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or not a checkpoint ({_first_line(error)}); use another, such as "
-            "checkpoints/last.ckpt of the same run"
-        ) from error
+    except Exception as error:  # a damaged archive can make an unpickler raise anything
+        raise CheckpointError(_unreadable(path, repr(error))) from error
     return cast("dict[str, Any]", checkpoint) if isinstance(checkpoint, dict) else {}
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+def _unreadable(path: Path, why: str) -> str:
+    return (
+        f"{path} is truncated or not a checkpoint ({why}); use another, such as checkpoints/last.ckpt of the same run, "
+        "or a .safetensors file written by rb.save or rb.export"
+    )

@@ -12,7 +12,7 @@ from torchvision.transforms import Compose, RandomAffine, RandomCrop, Resize
 from torchvision.transforms.functional import InterpolationMode
 
 from repblocks.errors import ConfigurationError
-from repblocks.training.names import known_name
+from repblocks.names import known_name
 
 Transform = Callable[[Image], Tensor]
 

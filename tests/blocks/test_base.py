@@ -180,7 +180,7 @@ def test_mixtures_that_do_not_fold_are_refused_at_construction(branches, reason)
 
 
 def test_an_unknown_block_name_suggests_the_nearest():
-    with pytest.raises(rb.ConfigurationError, match="did you mean 'repvgg'"):
+    with pytest.raises(rb.ConfigurationError, match="block=repvg is unknown; did you mean one of: repvgg"):
         resolve_block("repvg")
 
 

@@ -60,11 +60,23 @@ def test_preprocessing_is_not_an_argument_of_the_architecture():
     assert model.pretrained_cfg["input_size"] == (1, 28, 28)
 
 
+def test_preprocessing_follows_the_channels_of_the_image():
+    config = create_model("rb_repvgg_cifar", in_chans=1).pretrained_cfg
+    assert config["input_size"] == (1, 32, 32)
+    assert config["mean"] == (pytest.approx((0.4914 + 0.4822 + 0.4465) / 3),)
+    assert len(config["std"]) == 1
+
+
+def test_an_argument_that_the_model_does_not_have_is_refused():
+    with pytest.raises(ConfigurationError, match=r"rb_repvgg_cifar refuses the arguments.*drop_rat"):
+        create_model("rb_repvgg_cifar", drop_rat=0.1)
+
+
 def test_unknown_name_suggests_near_ones():
-    with pytest.raises(ConfigurationError, match=r"unknown model 'rb_repvg_a0'; did you mean .*rb_repvgg_a0"):
+    with pytest.raises(ConfigurationError, match=r"model=rb_repvg_a0 is unknown; did you mean .*rb_repvgg_a0"):
         create_model("rb_repvg_a0")
-    with pytest.raises(ConfigurationError, match=r"unknown model 'qqq'; repblocks.list_models\(\)"):
-        create_model("qqq")
+    with pytest.raises(ConfigurationError, match=r"model=qqqqq is unknown; there are \d+: "):
+        create_model("qqqqq")
 
 
 def test_unknown_form_is_refused():

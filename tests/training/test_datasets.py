@@ -10,6 +10,7 @@ import pytest
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from repblocks.errors import ConfigurationError, DataError
+from repblocks.training.data import DataConfig, ImageData
 from repblocks.training.datasets import Splits, load_splits
 
 
@@ -85,6 +86,16 @@ class TestCifar:
         assert splits.class_names[3] == "class 3"
         assert splits.sizes() == {"train": 9 * files * classes, "val": files * classes, "test": 2 * classes}
         assert set(Counter(labels(splits.val)).values()) == {files}
+
+    def test_its_configuration_gives_batches(
+        self, configure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_cifar(tmp_path, CIFAR10, monkeypatch)
+        config = configure("data=cifar10", f"data.root={tmp_path}", "data.batch_size=7", "data.workers=0")["data"]
+        data = ImageData(DataConfig(**config))
+        for loader in (data.train_dataloader(), data.val_dataloader()):
+            images, labels = next(iter(loader))
+            assert images.shape == (len(labels), 3, 32, 32) == (7, 3, 32, 32)
 
     def test_a_relative_root_starts_where_the_user_is(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_cifar(tmp_path / "here", CIFAR10, monkeypatch)

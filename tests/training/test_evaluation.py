@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from repblocks.errors import DataError
+from repblocks.models.registry import carry
 from repblocks.training.build import make_model
 from repblocks.training.data import DataConfig, ImageData
 from repblocks.training.evaluation import accuracy, require_fit
-from repblocks.training.restore import carry
 
 
 class Always(nn.Module):

@@ -1,4 +1,5 @@
 import csv
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,18 @@ def test_a_run_leaves_checkpoints_metrics_summary_and_deploy_files(
     printed = capsys.readouterr().out
     for words in ("epoch   1/1", "test accuracy", "largest output difference", "latency", "deploy/model.safetensors"):
         assert words in printed
+
+
+def test_a_format_whose_packages_are_missing_is_left_out_and_said(
+    tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name))
+    config = tiny()
+    config["export"]["formats"] = None
+    run(config, tmp_path)
+    assert {path.name for path in (tmp_path / "deploy").iterdir()} == {"deploy.json", "model.safetensors"}
+    assert "onnx is not exported: pip install 'repblocks[export]'" in capsys.readouterr().out
 
 
 def test_the_summary_has_both_forms_and_their_equivalence(finished_run: Path) -> None:

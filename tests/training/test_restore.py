@@ -20,7 +20,7 @@ def test_it_gives_the_trained_model_back_with_what_it_carries(checkpoint: Path) 
     weights = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert not model.training
     assert all(torch.equal(value, weights[f"model.{key}"]) for key, value in model.state_dict().items())
-    assert model.pretrained_cfg["label_names"] == [str(digit) for digit in range(10)]
+    assert model.pretrained_cfg["label_names"] == tuple(str(digit) for digit in range(10))
     assert tuple(model.pretrained_cfg["input_size"]) == (1, 32, 32)
 
 
@@ -69,3 +69,18 @@ def test_weights_of_another_model_are_refused(checkpoint: Path) -> None:
     torch.save(content, checkpoint)
     with pytest.raises(CheckpointError, match=rf"the weights in {checkpoint} are not those of rb_repvgg_cifar"):
         model_from_checkpoint(checkpoint)
+
+
+def test_a_damaged_archive_is_recognised(checkpoint: Path) -> None:
+    content = bytearray(checkpoint.read_bytes())
+    at = content.index(b"state_dict")
+    content[at - 40 : at] = bytes(40)
+    checkpoint.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is truncated or not a checkpoint|is foreign"):
+        model_from_checkpoint(checkpoint)
+
+
+def test_a_text_file_is_recognised(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("epoch,lr,step\n0,0.1,3\n")
+    with pytest.raises(CheckpointError, match=r"metrics\.csv is truncated or not a checkpoint"):
+        model_from_checkpoint(tmp_path / "metrics.csv")

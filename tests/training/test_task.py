@@ -53,7 +53,7 @@ class NotANumber(nn.Module):
 
 def rates_of_a_run(config: dict[str, Any], folder: Path) -> list[float]:
     parts, rates = Parts(config, folder), Rates()
-    parts.trainer.callbacks.append(rates)  # pyright: ignore[reportAttributeAccessIssue]
+    parts.trainer.callbacks.append(rates)
     parts.fit()
     return rates.seen
 
@@ -90,6 +90,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoints(
         NonFiniteError, match=rf"the {stage} loss is nan at epoch 2, batch 2 .*last\.ckpt.*lower optimizer\.lr"
     ):
         parts.fit()
+    assert (tmp_path / "metrics.csv").read_text().count("\n") > 1
     for name in ("best.ckpt", "last.ckpt"):
         path = tmp_path / "checkpoints" / name
         assert torch.load(path, weights_only=True)["epoch"] == 0
@@ -98,14 +99,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoints(
 
 def test_a_loss_that_is_not_finite_at_once_says_that_there_is_no_checkpoint(tiny: Any, tmp_path: Path) -> None:
     parts = Parts(tiny(), tmp_path)
-    parts.task.train_loss = NotANumber(1)  # pyright: ignore[reportAttributeAccessIssue]
+    parts.task.train_loss = NotANumber(1)
     with pytest.raises(NonFiniteError, match="none was written yet"):
         parts.fit()
 
 
 def test_a_step_on_bad_batches_leaves_the_weights_alone(tiny: Any, tmp_path: Path) -> None:
     parts = Parts(tiny(), tmp_path)
-    parts.task.train_loss = NotANumber(1)  # pyright: ignore[reportAttributeAccessIssue]
+    parts.task.train_loss = NotANumber(1)
     before = {name: value.clone() for name, value in parts.model.named_parameters()}
     with pytest.raises(NonFiniteError):
         parts.fit()

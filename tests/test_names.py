@@ -1,7 +1,7 @@
 import pytest
 
 from repblocks.errors import ConfigurationError
-from repblocks.training.names import known_name
+from repblocks.names import known_name
 
 
 def test_a_known_name_is_itself() -> None:

@@ -15,10 +15,15 @@ def known_name(setting: str, name: str, known: Iterable[str]) -> str:
         known: The names that exist.
 
     Raises:
-        ConfigurationError: The name is unknown; the message lists near names, or all if there are few.
+        ConfigurationError: The name is unknown; the message lists near names, or some where none is near.
     """
     names = sorted(known)
     if name in names:
         return name
-    near = get_close_matches(name, names, n=5, cutoff=0.5) or names[:20]
-    raise ConfigurationError(f"{setting}={name} is unknown; did you mean one of: {', '.join(near)}?")
+    near = get_close_matches(name, names, n=5, cutoff=0.5)
+    hint = f"did you mean one of: {', '.join(near)}?" if near else f"there are {len(names)}: {_some(names)}"
+    raise ConfigurationError(f"{setting}={name} is unknown; {hint}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
