@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d
 from torch import Tensor, nn
 
-from repblocks.blocks.base import RepBlock, deployed, form_of, switch_to_deploy
+from repblocks.blocks.base import OTHER_FORM, RepBlock, deployed, form_of, switch_to_deploy
 from repblocks.errors import CheckpointError, ConfigurationError, RepblocksError
 from repblocks.models.registry import Model, carry, create_model
 
@@ -32,16 +32,6 @@ _REMEDY = (
     "A model of your own (edited, collapsed or expanded) is saved by torch.export.save(torch.export.export(model, "
     "(images,)), path), or by its state_dict next to the code that makes it."
 )
-_OTHER_FORM = {
-    "deploy": (
-        "the model is in deploy form and expects deploy-form weights, but these are of a train form; load them into "
-        "create_model(..., form='train') and collapse that by repblocks.deployed(model)"
-    ),
-    "train": (
-        "the model is in train form and expects train-form weights, but these are of a deploy form, which cannot be "
-        "undone; load them into create_model(..., form='deploy'), or load the weights from before the collapse"
-    ),
-}
 _FETCHING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 _REQUIRED = ("model", "args", "form", "classes", "preprocessing", "shared")
 
@@ -112,7 +102,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, assign: boo
     missing, unexpected = own.keys() - weights.keys(), weights.keys() - own.keys()
     misshapen = {key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape}
     if missing and unexpected and _are_of_the_other_form(model, weights):
-        raise CheckpointError(_OTHER_FORM[form_of(model)])
+        raise CheckpointError(OTHER_FORM[form_of(model)])
     if missing or unexpected or misshapen:
         raise CheckpointError(_misfit(missing, unexpected, misshapen))
     model.load_state_dict(weights, assign=assign)

@@ -2,17 +2,29 @@
 
 import copy
 from abc import ABC
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, final
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 
-from repblocks.errors import ConfigurationError, FoldError
+from repblocks.errors import CheckpointError, ConfigurationError, FoldError
 from repblocks.fusion import AffineConv, Sum, fold
 
 Form = Literal["train", "deploy"]
 Children = Mapping[str, nn.Module | None]
+
+OTHER_FORM: Mapping[Form, str] = {
+    "deploy": (
+        "the model is in deploy form and expects deploy-form weights, but these are of a train form; load them into "
+        "create_model(..., form='train') and collapse that by repblocks.deployed(model)"
+    ),
+    "train": (
+        "the model is in train form and expects train-form weights, but these are of a deploy form, which cannot be "
+        "undone; load them into create_model(..., form='deploy'), or load the weights from before the collapse"
+    ),
+}
+"""What to say of a model in this form that is given the weights of the other."""
 
 
 class RepBlock(nn.Module, ABC):
@@ -30,6 +42,19 @@ class RepBlock(nn.Module, ABC):
             FoldError: The branches are not exactly convolutions, or fold to values that are not finite.
         """
         return {}
+
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]  # the rest is torch's, passed on
+        self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any
+    ) -> None:
+        """Recognise the weights of the other form, instead of listing every key of both.
+
+        Raises:
+            CheckpointError: The weights of this block are those of its other form.
+        """
+        given = [key for key in state_dict if key.startswith(prefix)]
+        if given and _have_branches(given) != _have_branches(self.state_dict()):
+            raise CheckpointError(OTHER_FORM[self.form])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def switch_to_deploy(self) -> None:
         """Collapse this block in place; does nothing in deploy form.
@@ -103,6 +128,10 @@ class BranchConv(RepConv):
         self, branches: Mapping[str, nn.Module] | Sequence[nn.Module], *, in_channels: int | None = None
     ) -> None:
         super().__init__(Sum(branches), in_channels)
+
+
+def _have_branches(keys: Iterable[str]) -> bool:
+    return any("branches." in key for key in keys)
 
 
 def folded(module: nn.Module, in_channels: int | None = None) -> AffineConv:

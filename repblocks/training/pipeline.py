@@ -5,8 +5,9 @@ from pathlib import Path
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
 from rich import get_console
+from torch import nn
 
-from repblocks.blocks.base import deployed
+from repblocks.blocks.base import deployed, form_of
 from repblocks.errors import CheckpointError
 from repblocks.export import FORMATS, check_formats, export, installed_formats
 from repblocks.training.build import Config, make_model, make_task, make_trainer
@@ -42,7 +43,7 @@ def run(config: Config, folder: Path) -> Summary | None:
     model = make_model(config["model"], data)
     trainer = make_trainer(config, folder)
     task = make_task(config, model, data, trainer)
-    announce(config, data, trainer, folder)
+    announce(config, model, data, trainer, folder)
     with clock("fit"):
         trainer.fit(task, datamodule=data)
     return conclude(config, data, trainer, folder, clock) if trainer.is_global_zero else None
@@ -54,16 +55,16 @@ def chosen_formats(config: Config) -> list[str]:
     return installed_formats() if formats is None else formats
 
 
-def left_out(config: Config) -> list[str]:
-    """Formats that would be exported if their packages were installed."""
-    return (
-        []
-        if config["export"]["formats"] is not None
-        else [name for name in FORMATS if name not in chosen_formats(config)]
-    )
+def remarks(config: Config, model: nn.Module) -> list[str]:
+    """What users should know before they wait: nothing to collapse, or a format whose packages are missing."""
+    found = [] if form_of(model) == "train" else ["no block of this model collapses, so both its forms are the same"]
+    if config["export"]["formats"] is None:
+        left_out = FORMATS.keys() - set(installed_formats())
+        found += [f"{name} is not exported: pip install 'repblocks[export]'" for name in sorted(left_out)]
+    return found
 
 
-def announce(config: Config, data: ImageData, trainer: pl.Trainer, folder: Path) -> None:
+def announce(config: Config, model: nn.Module, data: ImageData, trainer: pl.Trainer, folder: Path) -> None:
     """Say what is about to be trained, on the first process."""
     if trainer.is_global_zero:
         images = ", ".join(f"{count:,} {part}" for part, count in data.splits.sizes().items())
@@ -72,7 +73,7 @@ def announce(config: Config, data: ImageData, trainer: pl.Trainer, folder: Path)
         get_console().print(
             f"{config['model']['name']} on {data.config.name} ({images} images) on {devices}",
             f"run folder: {shortest(folder)}",
-            *(f"{name} is not exported: pip install 'repblocks[export]'" for name in left_out(config)),
+            *remarks(config, model),
             sep="\n",
             highlight=False,
             markup=False,

@@ -139,6 +139,20 @@ def test_sync_batch_norm_collapses_too(net):
     torch.testing.assert_close(rb.deployed(synced)(x), expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_weights_of_the_other_form_are_recognised(net, strict):
+    train, deploy = net.state_dict(), rb.deployed(net).state_dict()
+    with pytest.raises(rb.CheckpointError, match=r"expects train-form weights.*form='deploy'"):
+        net.load_state_dict(deploy, strict=strict)
+    with pytest.raises(rb.CheckpointError, match=r"expects deploy-form weights.*repblocks\.deployed"):
+        rb.deployed(net).load_state_dict(train, strict=strict)
+
+
+def test_weights_of_other_parts_load_without_the_blocks(net):
+    weight = {"3.scale": torch.ones(1)}
+    assert net.load_state_dict(weight, strict=False).unexpected_keys == ["3.scale"]
+
+
 def test_a_block_collapses_on_the_meta_device():
     with torch.device("meta"):
         block = rb.RepVGGConv(8, 8).eval()

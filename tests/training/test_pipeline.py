@@ -11,7 +11,8 @@ from torch import nn
 from repblocks.blocks.base import deployed, form_of
 from repblocks.checkpoint import load
 from repblocks.errors import CheckpointError, ConfigurationError, VerificationError
-from repblocks.training.pipeline import run
+from repblocks.models.registry import create_model
+from repblocks.training.pipeline import remarks, run
 from repblocks.training.restore import model_from_checkpoint
 
 
@@ -83,6 +84,12 @@ def test_other_models_run_the_same_way(configure: Any, tiny: Any, tmp_path: Path
     assert summary is not None
     assert summary.equivalence is not None
     assert summary.equivalence.passed
+
+
+def test_a_model_without_blocks_is_said_to_have_one_form(configure: Any) -> None:
+    said = "no block of this model collapses, so both its forms are the same"
+    assert remarks(configure("export.formats=[]"), nn.Conv2d(1, 1, 1)) == [said]
+    assert remarks(configure("export.formats=[]"), create_model("rb_repvgg_cifar")) == []
 
 
 def test_images_from_folders_run_the_same_way(tiny: Any, image_folder: Path, tmp_path: Path) -> None:
