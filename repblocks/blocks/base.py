@@ -146,13 +146,17 @@ def as_module(value: AffineConv, *, like: nn.Module) -> nn.Module:
         FoldError: A weight is not finite, or not in that dtype.
     """
     model = next(like.parameters())
-    for tensor in (value.weight, *(() if value.bias is None else (value.bias,))):
-        if tensor.device.type != "meta" and not torch.isfinite(tensor.detach().to(model.dtype)).all():
-            raise FoldError(
-                f"{value!r} folds to values that are not finite in {model.dtype}; "
-                "look for NaN or infinite weights and BatchNorm statistics, or deploy in a wider dtype"
-            )
-    return value.to(dtype=model.dtype).to_module().to(model.device).train(like.training)
+    module = value.to_module(device=model.device, dtype=model.dtype)
+    if not all(parameter.is_meta or _is_finite(parameter.detach()) for parameter in module.parameters()):
+        raise FoldError(
+            f"{value!r} folds to values that are not finite in {model.dtype}; "
+            "look for NaN or infinite weights and BatchNorm statistics, or deploy in a wider dtype"
+        )
+    return module.train(like.training)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(extreme.isfinite() for extreme in tensor.aminmax())
 
 
 def _copied(module: nn.Module, place: Callable[[Tensor], Tensor]) -> nn.Module:

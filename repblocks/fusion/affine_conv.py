@@ -200,14 +200,16 @@ class AffineConv:
             padding_mode=_checked_padding_mode(module.padding_mode),
         )
 
-    def to_module(self) -> ConvNd | nn.Linear:
-        """The plain torch module with copies of these tensors: ``conv.to_module()(x) == conv(x)``.
+    def to_module(
+        self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> ConvNd | nn.Linear:
+        """The plain torch module with copies of these tensors, cast once: ``conv.to_module()(x) == conv(x)``.
 
         Asymmetric padding becomes symmetric by growing the kernel with zeros. Without spatial dims it is an
         ``nn.Linear`` over ``[N, in_channels]``.
         """
         if not self.rank:
-            return _to_linear_module(self)
+            return _filled(*_to_linear_module(self), device, dtype)
         even = _with_symmetric_padding(self)
         with torch.device("meta"):
             module = CONV_CLASSES[even.rank](
@@ -221,7 +223,7 @@ class AffineConv:
                 bias=even.bias is not None,
                 padding_mode=even.padding_mode,
             )
-        return _filled(module, even)
+        return _filled(module, even, device, dtype)
 
 
 def unusual_geometry(conv: AffineConv) -> dict[str, Any]:
@@ -274,18 +276,22 @@ def grow(conv: AffineConv, margin: tuple[Pair, ...]) -> AffineConv:
     return replace(conv, weight=weight, padding=padding, dilation=dilation, padding_mode=mode)
 
 
-def _to_linear_module(conv: AffineConv) -> nn.Linear:
+def _to_linear_module(conv: AffineConv) -> tuple[nn.Linear, AffineConv]:
     blocks = conv.weight.chunk(conv.groups)
     dense: Tensor = torch.block_diag(*blocks)
     with torch.device("meta"):
         module = nn.Linear(conv.in_channels, conv.out_channels, bias=conv.bias is not None)
-    return _filled(module, replace(conv, weight=dense, groups=1))
+    return module, replace(conv, weight=dense, groups=1)
 
 
-def _filled(module: Module, conv: AffineConv) -> Module:
-    module.weight = nn.Parameter(conv.weight.detach().clone(memory_format=torch.contiguous_format))
+def _filled(module: Module, conv: AffineConv, device: torch.device | str | None, dtype: torch.dtype | None) -> Module:
+    def placed(tensor: Tensor) -> nn.Parameter:
+        copied = tensor.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+        return nn.Parameter(copied)
+
+    module.weight = placed(conv.weight)
     if conv.bias is not None:
-        module.bias = nn.Parameter(conv.bias.detach().clone())
+        module.bias = placed(conv.bias)
     return module
 
 

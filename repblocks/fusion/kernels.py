@@ -29,11 +29,44 @@ def add(*convs: AffineConv) -> AffineConv:
 
     Source: Ding et al. 2021, "RepVGG", https://arxiv.org/abs/2101.03697, section 3.3.
     """
-    branches = _aligned("add", convs)
+    branches = _over_one_input("add", convs)
     _same("add", branches, "out_channels", lambda conv: conv.out_channels)
-    weight = functools.reduce(torch.add, (conv.weight for conv in branches))
     present = [conv.bias for conv in branches if conv.bias is not None]
-    return replace(branches[0], weight=weight, bias=functools.reduce(torch.add, present) if present else None)
+    bias = functools.reduce(torch.add, present) if present else None
+    window = _common_window("add", branches)
+    groups = math.gcd(*(conv.groups for conv in branches))
+    return replace(window, weight=_summed_kernels(branches, window, groups), bias=bias, groups=groups)
+
+
+def _summed_kernels(convs: Sequence[AffineConv], window: AffineConv, groups: int) -> Tensor:
+    """Add each kernel where its taps and groups lie in the common one, so that no kernel is padded or made dense."""
+    shape = (convs[0].out_channels, convs[0].in_channels // groups, *window.kernel_size)
+    base = next((conv for conv in convs if conv.weight.shape == shape), None)
+    total = convs[0].weight.new_zeros(shape) if base is None else base.weight.clone()
+    for conv in convs:
+        if conv is not base:
+            _place_of(conv, total, window, groups).add_(_blocks(conv, groups))
+    return total
+
+
+def _place_of(conv: AffineConv, total: Tensor, window: AffineConv, groups: int) -> Tensor:
+    """The entries of a kernel over ``window`` that a narrower or more grouped one fills, as a view."""
+    starts = ((new[0] - old[0]) // d for new, old, d in zip(window.padding, conv.padding, window.dilation, strict=True))
+    steps = (
+        old // d if k > 1 else 1 for k, old, d in zip(conv.kernel_size, conv.dilation, window.dilation, strict=True)
+    )
+    taps = tuple(
+        slice(start, start + (k - 1) * step + 1, step)
+        for start, k, step in zip(starts, conv.kernel_size, steps, strict=True)
+    )
+    merged = conv.groups // groups
+    blocks = total[(..., *taps)].unflatten(1, (merged, -1)).unflatten(0, (groups, merged, -1))
+    return blocks.diagonal(dim1=1, dim2=3)
+
+
+def _blocks(conv: AffineConv, groups: int) -> Tensor:
+    """The kernel as the blocks on the diagonals of ``groups`` groups: ``[groups, O, I, *kernel, merged groups]``."""
+    return conv.weight.unflatten(0, (groups, conv.groups // groups, -1)).movedim(1, -1)
 
 
 def concat(*convs: AffineConv) -> AffineConv:
@@ -273,18 +306,21 @@ def ungroup(conv: AffineConv, groups: int) -> AffineConv:
         raise FoldError(f"cannot ungroup {conv!r} to groups={groups}: the new groups must divide the old")
     if groups == conv.groups:
         return conv
-    merged = conv.groups // groups
-    blocks = conv.weight.reshape(groups, merged, -1, *conv.weight.shape[1:]).movedim(1, -1)
-    weight = torch.diag_embed(blocks, dim1=1, dim2=3).reshape(conv.out_channels, -1, *conv.kernel_size)
+    weight = torch.diag_embed(_blocks(conv, groups), dim1=1, dim2=3).reshape(conv.out_channels, -1, *conv.kernel_size)
     return replace(conv, weight=weight, groups=groups)
 
 
 def _aligned(verb: str, convs: Sequence[AffineConv]) -> list[AffineConv]:
     """Branches over one input with one geometry and one group count, so that only weights differ."""
-    unified = _unified(verb, convs)
-    _same(verb, unified, "in_channels", lambda conv: conv.in_channels)
+    unified = _over_one_input(verb, convs)
     groups = math.gcd(*(conv.groups for conv in unified))
     return [ungroup(conv, groups) for conv in _aligned_geometry(verb, unified)]
+
+
+def _over_one_input(verb: str, convs: Sequence[AffineConv]) -> list[AffineConv]:
+    unified = _unified(verb, convs)
+    _same(verb, unified, "in_channels", lambda conv: conv.in_channels)
+    return unified
 
 
 def _unified(verb: str, convs: Sequence[AffineConv]) -> list[AffineConv]:
@@ -303,6 +339,12 @@ def _same(verb: str, convs: Sequence[AffineConv], what: str, read: Callable[[Aff
 
 
 def _aligned_geometry(verb: str, convs: Sequence[AffineConv]) -> list[AffineConv]:
+    window = _common_window(verb, convs)
+    return [_windowed(conv, window) for conv in convs]
+
+
+def _common_window(verb: str, convs: Sequence[AffineConv]) -> AffineConv:
+    """A weightless kernel (one channel, on the meta device) whose taps cover those of all."""
     _same(verb, convs, "stride", lambda conv: conv.stride)
     _same(verb, convs, "output grids (padding - dilation * (kernel_size - 1))", _grid)
     padded = [conv for conv in convs if conv.pads]
@@ -310,9 +352,16 @@ def _aligned_geometry(verb: str, convs: Sequence[AffineConv]) -> list[AffineConv
     dilation = tuple(_common_dilation(convs, dim) for dim in range(convs[0].rank))
     before = tuple(max(conv.padding[dim][0] for conv in convs) for dim in range(convs[0].rank))
     after = tuple(max(conv.padding[dim][1] for conv in convs) for dim in range(convs[0].rank))
-    padding = tuple(zip(before, after, strict=True))
-    mode = padded[0].padding_mode if padded else "zeros"
-    return [replace(_windowed(conv, dilation, padding), padding_mode=mode) for conv in convs]
+    kernel_size = tuple(
+        (p + q - g) // d + 1 for p, q, g, d in zip(before, after, _grid(convs[0]), dilation, strict=True)
+    )
+    return AffineConv(
+        weight=torch.empty(1, 1, *kernel_size, device="meta"),
+        stride=convs[0].stride,
+        padding=tuple(zip(before, after, strict=True)),
+        dilation=dilation,
+        padding_mode=padded[0].padding_mode if padded else "zeros",
+    )
 
 
 def _grid(conv: AffineConv) -> tuple[int, ...]:
@@ -327,16 +376,17 @@ def _common_dilation(convs: Sequence[AffineConv], dim: int) -> int:
     return math.gcd(*spacings, *shifts) or 1
 
 
-def _windowed(conv: AffineConv, dilation: tuple[int, ...], padding: tuple[Pair, ...]) -> AffineConv:
-    """The same kernel on a finer spacing, widened to the window that ``padding`` opens."""
+def _windowed(conv: AffineConv, window: AffineConv) -> AffineConv:
+    """The same kernel with the taps of ``window``."""
     spread = tuple(
-        old // new if k > 1 else 1 for k, old, new in zip(conv.kernel_size, conv.dilation, dilation, strict=True)
+        old // new if k > 1 else 1 for k, old, new in zip(conv.kernel_size, conv.dilation, window.dilation, strict=True)
     )
     margin = tuple(
         ((new[0] - old[0]) // d, (new[1] - old[1]) // d)
-        for new, old, d in zip(padding, conv.padding, dilation, strict=True)
+        for new, old, d in zip(window.padding, conv.padding, window.dilation, strict=True)
     )
-    return replace(conv, weight=surround(insert_zeros(conv.weight, spread), margin), padding=padding, dilation=dilation)
+    weight = surround(insert_zeros(conv.weight, spread), margin)
+    return replace(window, weight=weight, bias=conv.bias, groups=conv.groups)
 
 
 def _biases(convs: Sequence[AffineConv]) -> list[Tensor] | None:
