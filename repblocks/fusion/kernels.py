@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from repblocks.errors import FoldError
 from repblocks.fusion.affine_conv import AffineConv, PaddingMode, grow
-from repblocks.fusion.geometry import Pair, insert_zeros, surround
+from repblocks.fusion.alignment import Window, require_same, unified
+from repblocks.fusion.geometry import Pair, insert_zeros
 
 
 def add(*convs: AffineConv) -> AffineConv:
@@ -30,43 +31,11 @@ def add(*convs: AffineConv) -> AffineConv:
     Source: Ding et al. 2021, "RepVGG", https://arxiv.org/abs/2101.03697, section 3.3.
     """
     branches = _over_one_input("add", convs)
-    _same("add", branches, "out_channels", lambda conv: conv.out_channels)
+    require_same("add", branches, "out_channels", lambda conv: conv.out_channels)
     present = [conv.bias for conv in branches if conv.bias is not None]
     bias = functools.reduce(torch.add, present) if present else None
-    window = _common_window("add", branches)
-    groups = math.gcd(*(conv.groups for conv in branches))
-    return replace(window, weight=_summed_kernels(branches, window, groups), bias=bias, groups=groups)
-
-
-def _summed_kernels(convs: Sequence[AffineConv], window: AffineConv, groups: int) -> Tensor:
-    """Add each kernel where its taps and groups lie in the common one, so that no kernel is padded or made dense."""
-    shape = (convs[0].out_channels, convs[0].in_channels // groups, *window.kernel_size)
-    base = next((conv for conv in convs if conv.weight.shape == shape), None)
-    total = convs[0].weight.new_zeros(shape) if base is None else base.weight.clone()
-    for conv in convs:
-        if conv is not base:
-            _place_of(conv, total, window, groups).add_(_blocks(conv, groups))
-    return total
-
-
-def _place_of(conv: AffineConv, total: Tensor, window: AffineConv, groups: int) -> Tensor:
-    """The entries of a kernel over ``window`` that a narrower or more grouped one fills, as a view."""
-    starts = ((new[0] - old[0]) // d for new, old, d in zip(window.padding, conv.padding, window.dilation, strict=True))
-    steps = (
-        old // d if k > 1 else 1 for k, old, d in zip(conv.kernel_size, conv.dilation, window.dilation, strict=True)
-    )
-    taps = tuple(
-        slice(start, start + (k - 1) * step + 1, step)
-        for start, k, step in zip(starts, conv.kernel_size, steps, strict=True)
-    )
-    merged = conv.groups // groups
-    blocks = total[(..., *taps)].unflatten(1, (merged, -1)).unflatten(0, (groups, merged, -1))
-    return blocks.diagonal(dim1=1, dim2=3)
-
-
-def _blocks(conv: AffineConv, groups: int) -> Tensor:
-    """The kernel as the blocks on the diagonals of ``groups`` groups: ``[groups, O, I, *kernel, merged groups]``."""
-    return conv.weight.unflatten(0, (groups, conv.groups // groups, -1)).movedim(1, -1)
+    window, groups = Window.over("add", branches), _common_groups(branches)
+    return window.conv(window.kernel(branches, groups), bias, groups)
 
 
 def concat(*convs: AffineConv) -> AffineConv:
@@ -92,7 +61,7 @@ def interleave(*convs: AffineConv) -> AffineConv:
         FoldError: Channels, strides, padding modes or output grids differ.
     """
     branches = _aligned("interleave", convs)
-    _same("interleave", branches, "out_channels", lambda conv: conv.out_channels)
+    require_same("interleave", branches, "out_channels", lambda conv: conv.out_channels)
     weight = torch.stack([conv.weight for conv in branches], dim=1).flatten(0, 1)
     bias = _biases(branches)
     return replace(branches[0], weight=weight, bias=torch.stack(bias, dim=1).flatten() if bias else None)
@@ -109,7 +78,9 @@ def split_concat(*convs: AffineConv) -> AffineConv:
 
     Source: seed of the project, RepUnit's channel-split form.
     """
-    branches = _aligned_geometry("split_concat", _unified("split_concat", convs))
+    parts = unified("split_concat", convs)
+    window = Window.over("split_concat", parts)
+    branches = [window.conv(window.kernel([conv], conv.groups), conv.bias, conv.groups) for conv in parts]
     groups = _common_blocks(branches)
     reads = sum(conv.in_channels for conv in branches) // groups
     rows: list[Tensor] = []
@@ -158,7 +129,7 @@ def compose(first: AffineConv, second: AffineConv) -> AffineConv:
 
     Source: Ding et al. 2021, "Diverse Branch Block", https://arxiv.org/abs/2103.13425, section 3.2, transform III.
     """
-    first, second = _unified("compose", (first, second))
+    first, second = unified("compose", (first, second))
     if first.out_channels != second.in_channels:
         raise FoldError(
             f"cannot compose {first!r} with {second!r}: the first writes {first.out_channels} channels, "
@@ -306,87 +277,24 @@ def ungroup(conv: AffineConv, groups: int) -> AffineConv:
         raise FoldError(f"cannot ungroup {conv!r} to groups={groups}: the new groups must divide the old")
     if groups == conv.groups:
         return conv
-    weight = torch.diag_embed(_blocks(conv, groups), dim1=1, dim2=3).reshape(conv.out_channels, -1, *conv.kernel_size)
-    return replace(conv, weight=weight, groups=groups)
+    return replace(conv, weight=Window.over("ungroup", [conv]).kernel([conv], groups), groups=groups)
 
 
 def _aligned(verb: str, convs: Sequence[AffineConv]) -> list[AffineConv]:
     """Branches over one input with one geometry and one group count, so that only weights differ."""
-    unified = _over_one_input(verb, convs)
-    groups = math.gcd(*(conv.groups for conv in unified))
-    return [ungroup(conv, groups) for conv in _aligned_geometry(verb, unified)]
+    branches = _over_one_input(verb, convs)
+    window, groups = Window.over(verb, branches), _common_groups(branches)
+    return [window.conv(window.kernel([conv], groups), conv.bias, groups) for conv in branches]
 
 
 def _over_one_input(verb: str, convs: Sequence[AffineConv]) -> list[AffineConv]:
-    unified = _unified(verb, convs)
-    _same(verb, unified, "in_channels", lambda conv: conv.in_channels)
-    return unified
+    branches = unified(verb, convs)
+    require_same(verb, branches, "in_channels", lambda conv: conv.in_channels)
+    return branches
 
 
-def _unified(verb: str, convs: Sequence[AffineConv]) -> list[AffineConv]:
-    """One rank and one dtype: maps without spatial dims take the rank of the others."""
-    if not convs:
-        raise FoldError(f"{verb} needs at least one convolution")
-    rank = max(conv.rank for conv in convs)
-    dtype = functools.reduce(torch.promote_types, (conv.weight.dtype for conv in convs))
-    return [conv.promote(rank).to(dtype=dtype) for conv in convs]
-
-
-def _same(verb: str, convs: Sequence[AffineConv], what: str, read: Callable[[AffineConv], object]) -> None:
-    if len({read(conv) for conv in convs}) > 1:
-        listed = ", ".join(map(repr, convs))
-        raise FoldError(f"cannot {verb} {listed}: {what} differ; every branch needs the same {what}")
-
-
-def _aligned_geometry(verb: str, convs: Sequence[AffineConv]) -> list[AffineConv]:
-    window = _common_window(verb, convs)
-    return [_windowed(conv, window) for conv in convs]
-
-
-def _common_window(verb: str, convs: Sequence[AffineConv]) -> AffineConv:
-    """A weightless kernel (one channel, on the meta device) whose taps cover those of all."""
-    _same(verb, convs, "stride", lambda conv: conv.stride)
-    _same(verb, convs, "output grids (padding - dilation * (kernel_size - 1))", _grid)
-    padded = [conv for conv in convs if conv.pads]
-    _same(verb, padded, "padding_mode", lambda conv: conv.padding_mode)
-    dilation = tuple(_common_dilation(convs, dim) for dim in range(convs[0].rank))
-    before = tuple(max(conv.padding[dim][0] for conv in convs) for dim in range(convs[0].rank))
-    after = tuple(max(conv.padding[dim][1] for conv in convs) for dim in range(convs[0].rank))
-    kernel_size = tuple(
-        (p + q - g) // d + 1 for p, q, g, d in zip(before, after, _grid(convs[0]), dilation, strict=True)
-    )
-    return AffineConv(
-        weight=torch.empty(1, 1, *kernel_size, device="meta"),
-        stride=convs[0].stride,
-        padding=tuple(zip(before, after, strict=True)),
-        dilation=dilation,
-        padding_mode=padded[0].padding_mode if padded else "zeros",
-    )
-
-
-def _grid(conv: AffineConv) -> tuple[int, ...]:
-    """What an input side gains before striding."""
-    return tuple(before + after - reach for (before, after), reach in zip(conv.padding, conv.reach, strict=True))
-
-
-def _common_dilation(convs: Sequence[AffineConv], dim: int) -> int:
-    """The widest spacing on which the taps of all kernels lie."""
-    spacings = [conv.dilation[dim] for conv in convs if conv.kernel_size[dim] > 1]
-    shifts = [conv.padding[dim][0] - convs[0].padding[dim][0] for conv in convs]
-    return math.gcd(*spacings, *shifts) or 1
-
-
-def _windowed(conv: AffineConv, window: AffineConv) -> AffineConv:
-    """The same kernel with the taps of ``window``."""
-    spread = tuple(
-        old // new if k > 1 else 1 for k, old, new in zip(conv.kernel_size, conv.dilation, window.dilation, strict=True)
-    )
-    margin = tuple(
-        ((new[0] - old[0]) // d, (new[1] - old[1]) // d)
-        for new, old, d in zip(window.padding, conv.padding, window.dilation, strict=True)
-    )
-    weight = surround(insert_zeros(conv.weight, spread), margin)
-    return replace(window, weight=weight, bias=conv.bias, groups=conv.groups)
+def _common_groups(convs: Sequence[AffineConv]) -> int:
+    return math.gcd(*(conv.groups for conv in convs))
 
 
 def _biases(convs: Sequence[AffineConv]) -> list[Tensor] | None:

@@ -19,21 +19,22 @@ from strategies import (
 )
 
 from repblocks import fusion
-from repblocks.fusion import AffineConv, affine_conv, kernels, shortcut
+from repblocks.fusion import AffineConv, affine_conv, alignment, kernels, shortcut
 
-correlated, covers, place, surround = (
-    kernels._correlated_kernels,
-    kernels._covers_border,
-    kernels._place_blocks,
-    kernels.surround,
-)
-aligned, windowed, biases = kernels._aligned, kernels._windowed, kernels._biases
+correlated, covers, place = kernels._correlated_kernels, kernels._covers_border, kernels._place_blocks
+taps_of, kernel, on_window = alignment.Window._taps_of, alignment.Window.kernel, alignment.Window.conv
+biases = kernels._biases
 grow, ungroup = kernels.grow, kernels.ungroup
 
 
 def transposed(weight):
     square = weight.ndim > 3 and weight.shape[-1] == weight.shape[-2]
     return weight.transpose(-1, -2) if square else weight
+
+
+def at_the_first_tap(window, conv, dim):
+    taps = taps_of(window, conv, dim)
+    return slice(0, taps.stop - taps.start, taps.step)
 
 
 def unflipped(first, second):
@@ -100,19 +101,19 @@ MUTANTS = {
         (laws.compose_is_the_chain, chains()),
     ),
     "small kernels are aligned at their first tap": (
-        (kernels, "surround", lambda weight, taps: surround(weight, tuple((0, sum(pair)) for pair in taps))),
+        (alignment.Window, "_taps_of", at_the_first_tap),
         (laws.add_is_the_sum, parallel()),
     ),
-    "small kernels are padded along the wrong axis": (
-        (kernels, "surround", lambda weight, taps: transposed(surround(weight, taps))),
+    "small kernels are placed along the wrong axis": (
+        (alignment.Window, "kernel", lambda *given: transposed(kernel(*given))),
         (laws.add_is_the_sum, parallel()),
     ),
     "the dilation of the branches is dropped": (
-        (kernels, "_windowed", lambda conv, d, p: replace(windowed(conv, d, p), dilation=(1,) * conv.rank)),
+        (alignment.Window, "conv", lambda window, *given: replace(on_window(window, *given), dilation=())),
         (laws.add_is_the_sum, parallel()),
     ),
     "the padding mode of the branches is dropped": (
-        (kernels, "_aligned", lambda *given: [replace(conv, padding_mode="zeros") for conv in aligned(*given)]),
+        (alignment.Window, "conv", lambda window, *given: replace(on_window(window, *given), padding_mode="zeros")),
         (laws.concat_is_the_concatenation, parallel(same_out=False)),
     ),
     "missing biases are skipped": (
