@@ -2,6 +2,7 @@
 
 import copy
 from abc import ABC
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, final
 
@@ -51,10 +52,14 @@ class RepBlock(nn.Module, ABC):
         Raises:
             CheckpointError: The weights of this block are those of its other form.
         """
-        given = [key for key in state_dict if key.startswith(prefix)]
-        if given and _have_branches(given) != _have_branches(self.state_dict()):
+        given = [key.removeprefix(prefix).split(".") for key in state_dict if key.startswith(prefix)]
+        if self._is_other_form(given):
             raise CheckpointError(OTHER_FORM[self.form])
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _is_other_form(self, given: Sequence[Sequence[str]]) -> bool:
+        """Whether keys (split at the dots) hold branches that this form does not have."""
+        return _have_branches(given) and not _have_branches([key.split(".") for key in self.state_dict()])
 
     def switch_to_deploy(self) -> None:
         """Collapse this block in place; does nothing in deploy form.
@@ -70,7 +75,8 @@ class RepConv(RepBlock, ABC):
     """Abstract: a linear block, which collapses into one ``nn.Conv2d``. Subclasses only build branches.
 
     Train form has one child ``branches``, deploy form one child ``conv``. Whether the branches fold is found out at
-    construction, on the meta device. The attributes named as in ``nn.Conv2d`` describe the collapsed convolution.
+    construction, on the meta device. The attributes named as in ``nn.Conv2d`` describe what the branches amount to,
+    ``padding`` as ``(before, after)`` per dim; ``conv`` has a larger kernel where the two differ.
 
     Args:
         branches: A module that `fold` understands.
@@ -100,11 +106,19 @@ class RepConv(RepBlock, ABC):
         value = folded(self.branches, self.in_channels).promote(2)
         return {"branches": None, "conv": as_module(value, like=self.branches)}
 
+    def _is_other_form(self, given: Sequence[Sequence[str]]) -> bool:
+        """Whether the keys are branches for a deploy form, or one convolution for a train form."""
+        one_conv = ["conv", "weight"] in given or ["weight"] in given
+        return super()._is_other_form(given) or (self.form == "train" and one_conv and not _have_branches(given))
+
     def extra_repr(self) -> str:
-        """The collapsed convolution, as nn.Conv2d would show it."""
+        """What the branches amount to; the deploy form's convolution shows itself."""
+        if self.form == "deploy":
+            return "form=deploy"
         groups = f", groups={self.groups}" if self.groups != 1 else ""
-        geometry = f"kernel_size={self.kernel_size}, stride={self.stride}"
-        return f"{self.in_channels}, {self.out_channels}, {geometry}{groups}, form={self.form}"
+        geometry = f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+        dilation = f", dilation={self.dilation}" if any(d != 1 for d in self.dilation) else ""
+        return f"{self.in_channels}, {self.out_channels}, {geometry}{dilation}{groups}, form=train"
 
 
 @fold.register(RepConv, reads=lambda block: block.in_channels)
@@ -130,8 +144,9 @@ class BranchConv(RepConv):
         super().__init__(Sum(branches), in_channels)
 
 
-def _have_branches(keys: Iterable[str]) -> bool:
-    return any("branches." in key for key in keys)
+def _have_branches(keys: Iterable[Sequence[str]]) -> bool:
+    """Whether a block, or a block right inside it, has its branches among these keys."""
+    return any("branches" in key[:2] for key in keys)
 
 
 def folded(module: nn.Module, in_channels: int | None = None) -> AffineConv:
@@ -140,19 +155,21 @@ def folded(module: nn.Module, in_channels: int | None = None) -> AffineConv:
 
 
 def as_module(value: AffineConv, *, like: nn.Module) -> nn.Module:
-    """The plain torch module of a value, cast once to the dtype and device of another module's parameters.
+    """The plain torch module of a value, cast once to the dtype and device of another module; frozen if that is.
 
     Raises:
         FoldError: A weight is not finite, or not in that dtype.
     """
-    model = next(like.parameters())
+    tensors = [tensor for tensor in (*like.parameters(), *like.buffers()) if tensor.is_floating_point()]
+    model = tensors[0] if tensors else torch.empty(0)
     module = value.to_module(device=model.device, dtype=model.dtype)
     if not all(parameter.is_meta or _is_finite(parameter.detach()) for parameter in module.parameters()):
         raise FoldError(
             f"{value!r} folds to values that are not finite in {model.dtype}; "
             "look for NaN or infinite weights and BatchNorm statistics, or deploy in a wider dtype"
         )
-    return module.train(like.training)
+    frozen = not any(parameter.requires_grad for parameter in like.parameters())
+    return module.train(like.training).requires_grad_(not frozen)
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -210,11 +227,11 @@ def deployed(model: nn.Module) -> nn.Module:
         FoldError: A block does not fold.
     """
     switches = list(_switches(model))
+    # A child that the copy drops is not copied, unless it is used elsewhere too.
+    uses = Counter(id(child) for module in model.modules() for child in module.children())
+    dropped = (dict(block.named_children()).get(name) for _, block, children in switches for name in children)
     memo: dict[int, object] = {
-        id(block.get_submodule(name)): nn.Module()  # never copied, since the copy drops it
-        for _, block, children in switches
-        for name in children
-        if name in dict(block.named_children())
+        id(child): nn.Module() for child in dropped if child is not None and uses[id(child)] == 1
     }
     duplicate = copy.deepcopy(model, memo)
     for name, _, children in switches:
@@ -232,11 +249,18 @@ def _switches(module: nn.Module, name: str = "") -> Iterator[tuple[str, RepBlock
     """Every block in train form with its deploy children, outermost first, skipping what those replace."""
     children: Children = {}
     if isinstance(module, RepBlock) and module.form == "train":
-        children = module.deploy_children()
+        children = _named_errors(module, name)
         yield name, module, children
     for child_name, child in module.named_children():
         if child_name not in children:
             yield from _switches(child, f"{name}.{child_name}".lstrip("."))
+
+
+def _named_errors(block: RepBlock, name: str) -> Children:
+    try:
+        return block.deploy_children()
+    except FoldError as error:
+        raise FoldError(f"{name or type(block).__name__} does not collapse: {error}") from error
 
 
 def _install(block: nn.Module, children: Children) -> None:

@@ -1,5 +1,6 @@
 """Plain pairs of a convolution and a BatchNorm, in both orders."""
 
+from dataclasses import replace
 from typing import Unpack
 
 from torch import nn
@@ -30,7 +31,8 @@ class ConvBN(RepConv):
 class BNConv(RepConv):
     """BatchNorm, then convolution: RepNeXt's downsampling layer (paradigm 8).
 
-    Padding surrounds the normalised map by BatchNorm's image of zero, so that it folds at the border too.
+    Zero padding surrounds the normalised map by BatchNorm's image of zero, so that it folds at the border too; the
+    other modes repeat normalised pixels.
 
     Args:
         in_channels, out_channels, kernel_size, geometry: As in ``nn.Conv2d``, with a stride of 2 by default;
@@ -43,16 +45,16 @@ class BNConv(RepConv):
         self, in_channels: int, out_channels: int, kernel_size: int | Pair = 2, **geometry: Unpack[Geometry]
     ) -> None:
         geometry.setdefault("stride", 2)
-        unpadded = ConvSpec.of(in_channels, out_channels, kernel_size, **{**geometry, "padding": 0})
-        padding = geometry.get("padding")
-        spec = ConvSpec.of(
-            in_channels,
-            out_channels,
-            kernel_size,
-            **{**geometry, "padding": _just_enough(unpadded) if padding is None else padding},
-        )
-        norm = BorderedNorm(in_channels, spec.padding)
-        super().__init__(nn.Sequential(norm, conv(unpadded, bias=True)))
+        if geometry.get("padding") is None:
+            unpadded = ConvSpec.of(in_channels, out_channels, kernel_size, **{**geometry, "padding": 0})
+            geometry["padding"] = _just_enough(unpadded)
+        spec = ConvSpec.of(in_channels, out_channels, kernel_size, **geometry)
+        outside, inside = (spec.padding, _NONE) if spec.padding_mode == "zeros" else (_NONE, spec.padding)
+        norm = BorderedNorm(in_channels, outside)
+        super().__init__(nn.Sequential(norm, conv(replace(spec, padding=inside), bias=True)))
+
+
+_NONE = ((0, 0), (0, 0))
 
 
 def _just_enough(spec: ConvSpec) -> tuple[Pair, Pair]:

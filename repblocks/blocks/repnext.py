@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from repblocks.blocks.base import Children, RepBlock, as_module, folded, require_collapsible
 from repblocks.blocks.registry import resolve_block
 from repblocks.blocks.spec import Geometry
+from repblocks.errors import ConfigurationError
 from repblocks.fusion import AffineConv, absorb_shortcut
 from repblocks.fusion.geometry import Pair
+from repblocks.names import known_name
 
 
 class RepNeXtBlock(RepBlock):
@@ -31,6 +33,7 @@ class RepNeXtBlock(RepBlock):
         kernel_size, geometry: Of the token mixer.
 
     Raises:
+        ConfigurationError: An unknown choice, or ``groups`` other than C.
         FoldError: ``shortcut="absorb"`` with an activation that differs between channels, or a token mixer that
             changes the grid.
 
@@ -51,8 +54,11 @@ class RepNeXtBlock(RepBlock):
         **geometry: Unpack[Geometry],
     ) -> None:
         super().__init__()
-        self.shortcut, self.pointwise = shortcut, pointwise
-        geometry["groups"] = channels
+        self.shortcut = known_name("shortcut", shortcut, ("absorb", "keep"))
+        self.pointwise = known_name("pointwise", pointwise, ("conv", "linear"))
+        groups = geometry.setdefault("groups", channels)
+        if groups != channels:
+            raise ConfigurationError(f"groups={groups}: the token mixer is depthwise; leave groups out")
         self.token_mixer: nn.Module = resolve_block(block)(channels, channels, kernel_size, **geometry)
         self.pointwise1 = _pointwise(pointwise, channels, expansion * channels)
         self.act = act_layer()

@@ -12,6 +12,7 @@ from repblocks.blocks.spec import ConvSpec, Geometry
 from repblocks.errors import ConfigurationError
 from repblocks.fusion import SplitConcat, Sum
 from repblocks.fusion.geometry import Pair
+from repblocks.names import known_name
 
 
 @register_block("repunit")
@@ -26,7 +27,7 @@ class RepUnit(RepConv):
         merge: "sum" adds the branches; "split" gives each its own part of the channels, with one BatchNorm at the end.
 
     Raises:
-        ConfigurationError: ``merge="split"`` of anything but a depthwise convolution.
+        ConfigurationError: ``merge="split"`` that is not depthwise, or has fewer channels than kernels.
 
     Source: seed of the project, RepNeXt-U3's ``stages.*.feature``.
     """
@@ -43,7 +44,7 @@ class RepUnit(RepConv):
     ) -> None:
         geometry.setdefault("groups", in_channels)
         spec = ConvSpec.of(in_channels, out_channels or in_channels, kernel_size, **geometry)
-        build = _summed if merge == "sum" else _split
+        build = _MERGES[known_name("merge", merge, _MERGES)]
         super().__init__(build(spec, kernel_sizes))
 
 
@@ -58,6 +59,11 @@ def _split(spec: ConvSpec, kernel_sizes: Sequence[Pair] | None) -> nn.Module:
         raise ConfigurationError(f'{spec} is not depthwise; merge="split" needs groups == in_channels == out_channels')
     height, width = spec.kernel_size
     sizes = kernel_sizes or [(max(height - shrink, 1), max(width - shrink, 1)) for shrink in (0, 2, 4)]
+    if spec.in_channels < len(sizes):
+        raise ConfigurationError(f'{spec.in_channels} channels do not split over {len(sizes)} kernels; use merge="sum"')
     widths = [len(range(i, spec.in_channels, len(sizes))) for i in range(len(sizes))]
     parts = [conv(spec.depthwise(channels), size) for channels, size in zip(widths, sizes, strict=True)]
     return nn.Sequential(SplitConcat(parts, widths), nn.BatchNorm2d(spec.out_channels))
+
+
+_MERGES = {"sum": _summed, "split": _split}

@@ -12,6 +12,7 @@ from repblocks.blocks.spec import ConvSpec, Geometry
 from repblocks.errors import ConfigurationError
 from repblocks.fusion import Sum
 from repblocks.fusion.geometry import Pair
+from repblocks.names import known_name
 
 
 @register_block("repvgg")
@@ -23,7 +24,7 @@ class RepVGGConv(RepConv):
         identity: "auto" has the branch where shapes allow, "always" insists on it, "never" leaves it out.
 
     Raises:
-        ConfigurationError: ``identity="always"`` where the shapes of input and output differ.
+        ConfigurationError: ``identity="always"`` where the shapes of input and output differ, or an unknown choice.
 
     Source: Ding et al. 2021, "RepVGG", https://arxiv.org/abs/2101.03697, section 3.3.
     """
@@ -38,6 +39,7 @@ class RepVGGConv(RepConv):
         **geometry: Unpack[Geometry],
     ) -> None:
         spec = ConvSpec.of(in_channels, out_channels, kernel_size, **geometry)
+        known_name("identity", identity, ("auto", "always", "never"))
         if identity == "always" and not spec.keeps_the_map:
             raise ConfigurationError(f'{spec} changes the shape of the map, so no identity fits; use identity="auto"')
         branches: dict[str, nn.Module] = {"kxk": conv_bn(spec), "pointwise": conv_bn(spec, (1, 1))}

@@ -1,17 +1,21 @@
 """The geometry of a block, normalised once: what `nn.Conv2d`'s arguments mean for every branch inside."""
 
 from dataclasses import dataclass, replace
-from typing import TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 from repblocks.errors import ConfigurationError
 from repblocks.fusion.affine_conv import PADDING_MODES, PaddingMode
 from repblocks.fusion.geometry import Pair
+from repblocks.names import known_name
 
-Padding = int | Pair | tuple[Pair, Pair] | None
+Padding = int | Pair | tuple[Pair, Pair] | Literal["same", "valid"] | None
 
 
 class Geometry(TypedDict, total=False):
-    """`nn.Conv2d`'s arguments beyond channels and kernel size; ``padding=None`` keeps the grid at stride 1."""
+    """`nn.Conv2d`'s arguments beyond channels and kernel size.
+
+    ``padding`` may be given per side, ``((top, bottom), (left, right))``; None and "same" keep the grid at stride 1.
+    """
 
     stride: int | Pair
     padding: Padding
@@ -45,6 +49,8 @@ class ConvSpec:
         Raises:
             ConfigurationError: They do not describe a convolution.
         """
+        for argument in geometry:
+            known_name("argument", argument, Geometry.__annotations__)
         kernel, dilation = _pair(kernel_size), _pair(geometry.get("dilation", 1))
         spec = cls(
             in_channels=in_channels,
@@ -99,8 +105,11 @@ def _pair(size: int | Pair) -> Pair:
 
 
 def _sides(padding: Padding, kernel_size: Pair, dilation: Pair) -> tuple[Pair, Pair]:
-    if padding is None:
+    if padding is None or padding == "same":
         height, width = (d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True))
         return (height // 2, height - height // 2), (width // 2, width - width // 2)
+    if isinstance(padding, str):
+        known_name("padding", padding, ("same", "valid"))
+        padding = 0
     height, width = (padding, padding) if isinstance(padding, int) else padding
     return _pair(height), _pair(width)

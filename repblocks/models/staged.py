@@ -10,10 +10,12 @@ from itertools import islice
 from typing import Any
 
 from timm.layers import SelectAdaptivePool2d  # pyright: ignore[reportPrivateImportUsage]
+from timm.layers._fx import register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from repblocks.blocks import RepBlock
 from repblocks.errors import ConfigurationError
 
 OUTPUT_STRIDES = (8, 16, 32)
@@ -110,6 +112,9 @@ def _frozen_statistics(layer: nn.Module) -> Generator[None]:
 def _checkpointed(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)``, recomputed in the backward pass; the recomputation leaves the running statistics alone."""
     return checkpoint(layer, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(layer)))
+
+
+register_notrace_module(RepBlock)  # feature extraction by torch.fx must not look inside blocks
 
 
 class Stage(nn.Sequential):

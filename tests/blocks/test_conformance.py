@@ -162,7 +162,7 @@ def test_torch_compile_gives_the_same_in_both_forms(name):
 def test_the_representation_tells_channels_kernel_and_form(name):
     shown = repr(made(name, 6, 12, 3, groups=2)).splitlines()
     assert type(made(name, 6, 12, 3)).__name__ in shown[0]
-    assert "6, 12, kernel_size=(3, 3), stride=(1, 1), groups=2, form=train" in shown[1]
+    assert "6, 12, kernel_size=(3, 3), stride=(1, 1), padding=((1, 1), (1, 1)), groups=2, form=train" in shown[1]
 
 
 @every_block
