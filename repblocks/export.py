@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from repblocks.blocks.base import deployed
-from repblocks.checkpoint import describe, load, replacing, save
+from repblocks.checkpoint import load, replacing, save
 from repblocks.errors import ConfigurationError, VerificationError
+from repblocks.header import describe, dtype_of
 from repblocks.verification import HALF_PRECISION, EquivalenceReport, block_errors, most_different, verify
 
 #: Images drawn at random for the comparison, beside those that the caller gives. The rule for half precision compares
@@ -77,15 +78,16 @@ def export(
 
     Args:
         model: In train or deploy form, on any device; it is not changed.
-        folder: Made if it is missing; files of an earlier export are replaced.
+        folder: Made if it is missing; files of an earlier export are replaced, or removed if their
+            format is not chosen now.
         formats: Keys of ``FORMATS``.
         inputs: Real images ``[N, C, H, W]`` to compare on, beside random ones. Their size becomes the input size of
             the ONNX graph, whose batch axis is dynamic; otherwise that is ``model.pretrained_cfg["input_size"]``.
 
     Raises:
         ConfigurationError: An unknown format, packages that are not installed, a dtype or size that a format cannot
-            hold, or no known input size.
-        CheckpointError: No registered name rebuilds the model, which safetensors needs.
+            hold, no known input size, or ``inputs`` that the model does not take.
+        CheckpointError: No registered name rebuilds the model, which safetensors needs; or a file cannot be written.
         VerificationError: A file or the deploy form differs from the model; the message names the block that
             differs most.
     """
@@ -106,6 +108,7 @@ def export(
             entries[name] = {"file": format.filename, **_fingerprint(path), **written.facts}
             entries[name]["equivalence"] = equivalence[name].to_dict()
         manifest.write_text(json.dumps(_manifest(deploy, chosen, entries), indent=2) + "\n", encoding="utf-8")
+    _remove_stale(folder, chosen.values())
     paths = {name: folder / format.filename for name, format in chosen.items()}
     return ExportReport(files=paths, equivalence=equivalence, manifest=folder / "deploy.json")
 
@@ -130,6 +133,13 @@ def check_formats(formats: Iterable[str]) -> dict[str, Format]:
     return chosen
 
 
+def _remove_stale(folder: Path, chosen: Iterable[Format]) -> None:
+    """Remove what an earlier export wrote in formats that the new ``deploy.json`` does not describe."""
+    for filename in {format.filename for format in FORMATS.values()} - {format.filename for format in chosen}:
+        if (path := folder / filename).is_file():
+            path.unlink()
+
+
 def installed_formats() -> list[str]:
     """The formats whose packages are installed."""
     return [name for name, format in FORMATS.items() if not _missing_packages(format)]
@@ -147,11 +157,28 @@ def _batches(model: nn.Module, inputs: Tensor | None) -> list[Tensor]:
             f"{type(model).__name__} has no pretrained_cfg['input_size'] to draw images of; "
             "pass some with inputs=images"
         )
+    if inputs is not None:
+        _require_accepted(model, inputs)
     size = config["input_size"] if inputs is None else inputs.shape[1:]
-    dtype = next(model.parameters()).dtype
+    dtype = dtype_of(model)
     count = RANDOM_IMAGES_IN_HALF_PRECISION if dtype in HALF_PRECISION else RANDOM_IMAGES
     drawn = torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
     return [images.detach().cpu().to(dtype) for images in (drawn, inputs) if images is not None]
+
+
+def _require_accepted(model: nn.Module, inputs: Tensor) -> None:
+    """Run one of the images: a model of the user's own does not say which it takes."""
+    channels = vars(model).get("model_args", {}).get("in_chans", "C")
+    needed = f"export needs inputs=images of shape [N, {channels}, H, W]"
+    if inputs.ndim != 4 or not inputs.numel() or channels not in ("C", inputs.shape[1]):
+        raise ConfigurationError(f"{needed}, and got {list(inputs.shape)}")
+    try:
+        with torch.inference_mode():
+            model(inputs[:1].detach().cpu().to(dtype_of(model)))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigurationError(
+            f"{needed} that the model runs on; on {list(inputs.shape)} {type(model).__name__} says: {error}"
+        ) from error
 
 
 def _compare(

@@ -50,7 +50,7 @@ def validate(path: Path, overrides: Sequence[str] = ()) -> Summary:
     """
     quiet_lightning()
     model: Any = load(path) if path.suffix == ".safetensors" else model_from_checkpoint(path)
-    data = ImageData(DataConfig(**data_config([*preprocessing(model), *overrides])))
+    data = ImageData(DataConfig.of(data_config([*preprocessing(model), *overrides])))
     require_fit(model, data)
     forms: dict[str, nn.Module] = {form_of(model): model.eval()}
     report = None

@@ -1,56 +1,16 @@
 import copy
-import functools
-import json
-import struct
 from pathlib import Path
 
 import pytest
-import timm
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from support import calibrate
+from checkpoint_cases import ZOO, header, images, in_form, rewrite, trained
 from torch import nn
 
 from repblocks.blocks import deployed, form_of
-from repblocks.checkpoint import FORMAT_VERSION, load, load_weights, replacing, save
+from repblocks.checkpoint import load, load_weights, replacing, save
 from repblocks.errors import CheckpointError, ConfigurationError
 from repblocks.models import create_model
 from repblocks.verification import verify
-
-ZOO = ["rb_repvgg_cifar", "rb_repnext_cifar"]
-
-
-def trained(name="rb_repvgg_cifar", **kwargs):
-    return copy.deepcopy(_trained(name, **kwargs))
-
-
-@functools.cache
-def _trained(name, **kwargs):
-    torch.manual_seed(0)
-    model = create_model(name, **{"num_classes": 5, "in_chans": 2, **kwargs})
-    return calibrate(model, images())
-
-
-def images(dtype=torch.float32):
-    return torch.randn(3, 2, 24, 20, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def in_form(model, form):
-    return model if form == "train" else deployed(model)
-
-
-def header(path):
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["repblocks"])
-
-
-def rewrite(path, without=(), **changes):
-    """Change and remove entries of the header."""
-    with safe_open(path, framework="pt") as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    about = {key: value for key, value in {**header(path), **changes}.items() if key not in without}
-    save_file(weights, path, metadata={"repblocks": json.dumps(about)})
 
 
 @pytest.mark.parametrize("form", ["train", "deploy"])
@@ -92,42 +52,6 @@ def test_the_train_form_of_a_deploy_file_is_refused_with_a_way_out(tmp_path):
 def test_an_unknown_form_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="unknown form 'fused'"):
         load(tmp_path / "model.safetensors", form="fused")
-
-
-def test_the_header_tells_what_the_model_is(tmp_path):
-    model = trained(block="acb", drop_rate=0.25)
-    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": ["a", "b", "c", "d", "é"], "mean": (0.25, 0.5)}
-    save(model, tmp_path / "model.safetensors")
-    about = header(tmp_path / "model.safetensors")
-    assert about["format_version"] == FORMAT_VERSION
-    assert about["model"] == "rb_repvgg_cifar"
-    assert about["args"] == {"num_classes": 5, "in_chans": 2, "block": "acb", "drop_rate": 0.25}
-    assert about["form"] == "train"
-    assert about["dtype"] == "float32"
-    assert about["versions"].keys() == {"repblocks", "torch", "timm"}
-    loaded = load(tmp_path / "model.safetensors")
-    assert loaded.pretrained_cfg["label_names"] == ("a", "b", "c", "d", "é")
-    assert loaded.pretrained_cfg["mean"] == loaded.default_cfg["mean"] == (0.25, 0.5)
-    assert loaded.pretrained_cfg["input_size"] == tuple(model.pretrained_cfg["input_size"])
-    assert loaded.drop_rate == 0.25
-
-
-@pytest.mark.parametrize("arguments", [(9,), (9, "max"), (9, "catavgmax"), (0,), (0, "")])
-def test_the_model_is_saved_as_it_is_after_reset_classifier(tmp_path, arguments):
-    model = trained()
-    model.reset_classifier(*arguments)
-    save(model, tmp_path / "model.safetensors")
-    loaded = load(tmp_path / "model.safetensors")
-    assert loaded.num_classes == loaded.pretrained_cfg["num_classes"] == arguments[0]
-    assert torch.equal(loaded(images()), model(images()))
-
-
-def test_class_names_that_do_not_fit_the_classes_are_not_saved(tmp_path):
-    model = trained()
-    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": ["a", "b"]}
-    with pytest.raises(CheckpointError, match=r"5 classes and 2 class names; set model\.pretrained_cfg"):
-        save(model, tmp_path / "model.safetensors")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("form", ["train", "deploy"])
@@ -212,126 +136,6 @@ def test_saving_and_loading_draw_no_random_numbers(tmp_path):
     assert torch.equal(drawn, torch.rand(4))
 
 
-def edited_activation(model):
-    model.stages[0][0].act = nn.GELU()
-
-
-def edited_layer(model):
-    model.head.fc = nn.Sequential(nn.Linear(128, 5))
-
-
-def edited_stride(model):
-    model.stages[0][0].conv.branches.kxk[0].stride = (1, 2)
-
-
-def half_collapsed(model):
-    model.stages[1].eval()[0].switch_to_deploy()
-
-
-def another_epsilon(model):
-    model.stages[1][0].conv.branches.kxk[1].eps = 0.1
-
-
-@pytest.mark.parametrize("edit", [edited_activation, edited_layer, edited_stride, half_collapsed, another_epsilon])
-def test_a_model_that_its_name_does_not_rebuild_is_refused(tmp_path, edit):
-    model = trained()
-    edit(model)
-    with pytest.raises(CheckpointError, match=r"rb_repvgg_cifar .* does not rebuild this model: .*torch\.export"):
-        save(model, tmp_path / "model.safetensors")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", [None, "hf-hub:someone/model", "my_net"])
-def test_a_model_without_a_registered_name_is_refused(tmp_path, name):
-    model = nn.Sequential(nn.Conv2d(2, 3, 1))
-    model.model_name = name
-    with pytest.raises(CheckpointError, match=r"Sequential carries no registered .*create_model .*torch\.export"):
-        save(model, tmp_path / "model.safetensors")
-
-
-def test_a_model_with_arguments_that_no_file_holds_is_refused(tmp_path):
-    model = trained()
-    model.model_args = {**model.model_args, "act_layer": nn.GELU}
-    with pytest.raises(CheckpointError, match=r"is not rebuilt by .*not JSON serializable.*torch\.export"):
-        save(model, tmp_path / "model.safetensors")
-
-
-def test_a_name_that_was_registered_elsewhere_is_refused(tmp_path):
-    save(trained(), tmp_path / "model.safetensors")
-    rewrite(tmp_path / "model.safetensors", model="my_net")
-    with pytest.raises(CheckpointError, match="'my_net', which is not registered here; import the module"):
-        load(tmp_path / "model.safetensors")
-
-
-@pytest.mark.parametrize("name", ["hf-hub:someone/model", "local-dir:/tmp"])
-def test_a_file_cannot_ask_for_a_download(tmp_path, name):
-    save(trained(), tmp_path / "model.safetensors")
-    rewrite(tmp_path / "model.safetensors", model=name)
-    with pytest.raises(CheckpointError, match="not registered here"):
-        load(tmp_path / "model.safetensors")
-    rewrite(tmp_path / "model.safetensors", model="resnet10t", args={"checkpoint_path": "other.pth"})
-    with pytest.raises(CheckpointError, match="asks to fetch other files"):
-        load(tmp_path / "model.safetensors")
-
-
-def test_arguments_of_another_version_are_named(tmp_path):
-    save(trained(), tmp_path / "model.safetensors")
-    rewrite(tmp_path / "model.safetensors", args={"num_classes": 5, "in_chans": 2, "sparsity": 2})
-    with pytest.raises(CheckpointError, match=r"which this version does not build: .*sparsity"):
-        load(tmp_path / "model.safetensors")
-
-
-def test_a_newer_format_asks_for_an_upgrade(tmp_path):
-    save(trained(), tmp_path / "model.safetensors")
-    rewrite(tmp_path / "model.safetensors", without=["args"], format_version=FORMAT_VERSION + 1)
-    with pytest.raises(CheckpointError, match=r"format version 2, .* up to 1; upgrade with pip install --upgrade"):
-        load(tmp_path / "model.safetensors")
-
-
-@pytest.mark.parametrize("changes", [{"without": ["args"]}, {"without": ["format_version"]}, {"format_version": "new"}])
-def test_a_damaged_header_is_named(tmp_path, changes):
-    save(trained(), tmp_path / "model.safetensors")
-    rewrite(tmp_path / "model.safetensors", **changes)
-    with pytest.raises(CheckpointError, match=r"header of .* is damaged"):
-        load(tmp_path / "model.safetensors")
-
-
-@pytest.mark.parametrize("left", [0.999, 0.5, 0.001])
-def test_a_truncated_file_is_named(tmp_path, left):
-    path = tmp_path / "model.safetensors"
-    save(trained(), path)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * left)])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or damaged .* use another copy"):
-        load(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"12", b"epoch,loss\n1,0.5\n", struct.pack("<Q", 5) + b"hello" * 10])
-def test_another_kind_of_file_is_named(tmp_path, content):
-    (tmp_path / "metrics.csv").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"metrics\.csv is not a safetensors file .* repblocks\.save"):
-        load(tmp_path / "metrics.csv")
-
-
-@pytest.mark.parametrize("archive", [True, False])
-def test_a_pickle_is_not_read(tmp_path, archive):
-    torch.save(trained().state_dict(), tmp_path / "model.pth", _use_new_zipfile_serialization=archive)
-    with pytest.raises(CheckpointError, match=r"pickle or archive of torch\.save.* weights_only=True.*load_weights"):
-        load(tmp_path / "model.pth")
-
-
-def test_someone_elses_safetensors_are_sent_to_convert(tmp_path):
-    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "theirs.safetensors")
-    with pytest.raises(CheckpointError, match=r"repblocks\.save did not write it.* repblocks\.convert"):
-        load(tmp_path / "theirs.safetensors")
-
-
-@pytest.mark.parametrize("path", ["nothing.safetensors", "."])
-def test_a_missing_file_is_named(tmp_path, path):
-    with pytest.raises(CheckpointError, match="there is no file /"):
-        load(tmp_path / path)
-
-
 def test_weights_that_do_not_fit_their_model_are_named(tmp_path):
     save(trained(), tmp_path / "model.safetensors")
     rewrite(tmp_path / "model.safetensors", args={"num_classes": 6, "in_chans": 2})
@@ -389,10 +193,31 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("repblocks.checkpoint.save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match=r"cannot write /.*model\.safetensors .*No space left") as caught:
         save(deployed(trained()), path)
+    assert isinstance(caught.value.__cause__, OSError)
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("place", ["folder", "file/model.safetensors", "file/deeper/model.safetensors"])
+def test_a_place_where_no_file_can_be_is_named(tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match=rf"cannot write /.*{place} .*; give a path in a folder"):
+        save(trained(), tmp_path / place)
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
+
+
+def test_weights_without_values_are_not_saved(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot write .*model\.safetensors: the weights are on the meta device"):
+        save(trained().to("meta"), tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_without_parameters_is_refused_like_others(tmp_path):
+    with pytest.raises(CheckpointError, match="this ReLU carries no registered model name"):
+        save(nn.ReLU(), tmp_path / "model.safetensors")
 
 
 def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path):

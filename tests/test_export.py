@@ -316,3 +316,37 @@ def test_the_packages_of_the_extra_are_not_needed_to_import(monkeypatch):
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     assert module.FORMATS.keys() == FORMATS.keys()
+
+
+def test_files_of_an_earlier_export_do_not_stay_beside_a_description_of_others(tmp_path):
+    (tmp_path / "notes.onnx").write_text("mine")
+    for filename in ("model.onnx", "model.safetensors"):
+        (tmp_path / filename).write_text("old")
+    export(small(), tmp_path, formats=["safetensors"])
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "deploy.json", "notes.onnx"}
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 16), (2, 1, 24, 16), (2, 3, 24), (0, 3, 24, 16)])
+def test_inputs_of_another_shape_are_refused(tmp_path, shape):
+    with pytest.raises(ConfigurationError, match=r"needs inputs=images of shape \[N, 3, H, W\], and got \["):
+        export(small(), tmp_path, inputs=torch.zeros(shape))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inputs_that_a_net_of_ones_own_does_not_take_are_refused(tmp_path):
+    model = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 4, 1))
+    with pytest.raises(ConfigurationError, match=r"of shape \[N, C, H, W\] that the model runs on; on \[1, 4, 8, 8\]"):
+        export(model, tmp_path, formats=[], inputs=torch.zeros(1, 4, 8, 8))
+    export(model, tmp_path, formats=[], inputs=torch.zeros(1, 3, 8, 8))
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"cannot write /.*file/deploy\.json "):
+        export(small(), tmp_path / "file", formats=[])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_module_without_parameters_is_exported(tmp_path):
+    report = export(nn.ReLU(), tmp_path, formats=["onnx"], inputs=pictures(2))
+    assert json.loads(report.manifest.read_text())["dtype"] == "float32"

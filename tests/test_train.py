@@ -50,6 +50,17 @@ def test_an_error_is_one_block_with_a_failing_exit_code(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+def test_a_sweep_runs_the_jobs_after_one_that_fails(tmp_path: Path) -> None:
+    brief = ("+model.args.depths=[1,1,1]", "+model.args.widths=[8,8,8]", "trainer=cpu", "trainer.max_epochs=1")
+    done = train(
+        tmp_path, "--multirun", *brief, "trainer.limit_train_batches=2", "export.formats=[]", "optimizer.lr=x,0.001"
+    )
+    assert done.returncode == 1
+    assert "ConfigurationError" in done.stderr
+    assert len(list(tmp_path.rglob("summary.json"))) == 1
+
+
 def test_help_explains_groups_and_shows_examples(tmp_path: Path) -> None:
     done = train(tmp_path, "--help")
     assert done.returncode == 0

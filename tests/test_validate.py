@@ -78,6 +78,15 @@ def test_overrides_that_validation_would_ignore_are_refused(script: Any, finishe
         script.validate(finished / CHECKPOINT, ["data=digits", "trainer.max_epochs=3"])
 
 
+def test_images_that_do_not_fill_a_training_batch_can_be_validated(script: Any, finished: Path) -> None:
+    assert list(script.validate(finished / DEPLOY, ["data.batch_size=2000"]).forms) == ["deploy"]
+
+
+def test_a_key_that_the_data_group_does_not_have_is_named(script: Any, finished: Path) -> None:
+    with pytest.raises(ConfigurationError, match="data=foo is unknown"):
+        script.validate(finished / DEPLOY, ["+data.foo=1"])
+
+
 def test_mistyped_overrides_are_named(script: Any, finished: Path) -> None:
     with pytest.raises(ConfigurationError, match="batch_sise"):
         script.validate(finished / CHECKPOINT, ["data.batch_sise=3"])

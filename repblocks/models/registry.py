@@ -57,16 +57,29 @@ def create_model(name: str, *, form: Form = "train", pretrained: bool = False, *
         kwargs: The model's arguments, such as ``num_classes`` and ``in_chans``, or timm's, such as ``features_only``.
 
     Raises:
-        ConfigurationError: An unknown name, form or block, a deploy form of a model that has none, or an argument that
-            cannot be written to a checkpoint.
+        ConfigurationError: An unknown name, tag, form or block, a deploy form of a model that has none, or an argument
+            that cannot be written to a checkpoint.
     """
     if ":" not in name and not timm.is_model(name):
         known_name("model", name, timm.list_models())
+    if ":" not in name and not kwargs.get("pretrained_cfg"):
+        _require_known_tag(name)
     try:
         model = timm.create_model(name, pretrained=pretrained, **kwargs)
     except TypeError as error:
         raise ConfigurationError(f"{name} refuses the arguments {kwargs}: {error}") from error
     return _in_form(_remember(model, name, kwargs), form)
+
+
+def _require_known_tag(name: str) -> None:
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        architecture, _, tag = name.partition(".")
+        known = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "none is published"
+        raise ConfigurationError(
+            f"{name}: {architecture} has no weights tagged {tag!r} ({known}); leave the tag out for an untrained model"
+        ) from error
 
 
 def list_models(pattern: str = "rb_*", **filters: Any) -> list[str]:

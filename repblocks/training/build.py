@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
+import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from repblocks.errors import ConfigurationError, DataError
 from repblocks.models.registry import carry, create_model
 from repblocks.names import known_name
-from repblocks.training.console import EpochBar, EpochLines
+from repblocks.training.console import EpochBar, EpochLines, is_sweep
 from repblocks.training.data import ImageData
 from repblocks.training.task import ClassificationTask
 
@@ -49,6 +48,29 @@ def make_model(config: Config, data: ImageData) -> nn.Module:
     return carry(model, {**asdict(data.preprocessing), **facts})
 
 
+def require_output(model: nn.Module, data: ImageData) -> None:
+    """Run one image of zeros through the model, so that a size which it does not take is found before training.
+
+    Raises:
+        ConfigurationError: The model fails, or gives something else than logits ``[N, classes]``.
+    """
+    size, training = data.preprocessing.input_size, model.training
+    got = f"{vars(model).get('model_name')} on images of {size[1]}x{size[2]} pixels"
+    remedy = "set data.image_size to what the model takes, or +model.args.img_size=[HEIGHT,WIDTH] where it has that"
+    try:
+        with torch.no_grad():  # not inference_mode: what a model caches must stay usable in training
+            logits = model.eval()(torch.zeros(1, *size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigurationError(f"{got} fails: {error}; {remedy}") from error
+    model.train(training)
+    if not isinstance(logits, Tensor) or logits.shape != (1, len(data.class_names)):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ConfigurationError(
+            f"{got} gives {shape}, needed is one row of {len(data.class_names)} class scores; leave out the model.args "
+            "that change its output"
+        )
+
+
 def make_trainer(config: Config, folder: Path) -> pl.Trainer:
     """Create Lightning's trainer, which keeps ``checkpoints/best.ckpt`` and ``last.ckpt`` and writes ``metrics.csv``.
 
@@ -60,6 +82,7 @@ def make_trainer(config: Config, folder: Path) -> pl.Trainer:
         ConfigurationError: Arguments that Lightning refuses, or hardware that is not there.
     """
     settings = dict(config["trainer"])
+    _require_whole_epochs(settings)
     _require_validated_epochs(settings)
     bar = settings.pop("enable_progress_bar") and get_console().is_terminal
     callbacks: list[Callback] = [_checkpoints(folder), EpochLines(), *([EpochBar()] if bar else [])]
@@ -75,21 +98,38 @@ def make_trainer(config: Config, folder: Path) -> pl.Trainer:
     return trainer
 
 
-def _require_validated_epochs(settings: Config) -> None:
+def _require_whole_epochs(settings: Config) -> None:
     epochs = settings["max_epochs"]
-    if epochs < 1:
-        raise ConfigurationError(f"trainer.max_epochs={epochs} needs to be at least 1")
-    if settings["limit_val_batches"] == 0 or settings.get("check_val_every_n_epoch", 1) > epochs:
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+        raise ConfigurationError(
+            f"trainer.max_epochs={epochs} needs to be at least 1 and a whole number: the schedule is as long; "
+            "set trainer.max_epochs=1 for a short run"
+        )
+    for key, off in _CUTS.items():
+        if settings.get(key, off[0]) not in off:
+            raise ConfigurationError(
+                f"trainer.{key}={settings[key]} may end training within an epoch, before the validation that chooses "
+                "the exported checkpoint; use trainer.max_epochs=1 and trainer.limit_train_batches=N for a short run"
+            )
+
+
+_CUTS: Mapping[str, tuple[Any, ...]] = {"fast_dev_run": (False, None), "max_steps": (-1, None), "max_time": (None,)}
+"""Lightning's other ways to end a run, with their values that do not."""
+
+
+def _require_validated_epochs(settings: Config) -> None:
+    skipped = settings["limit_val_batches"] == 0 or settings["limit_train_batches"] == 0
+    if skipped or (settings.get("check_val_every_n_epoch") or 1) > settings["max_epochs"]:
         raise ConfigurationError(
             "validation would never run, but its accuracy chooses the checkpoint that is exported; leave "
-            "trainer.limit_val_batches above 0 and trainer.check_val_every_n_epoch at most trainer.max_epochs"
+            "trainer.limit_train_batches and trainer.limit_val_batches above 0 and trainer.check_val_every_n_epoch at "
+            "most trainer.max_epochs"
         )
 
 
 def _refuse_sweeps_that_relaunch(trainer: pl.Trainer) -> None:
     """Lightning starts its other processes with the same command line: under --multirun each would sweep again."""
-    sweeping = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
-    if sweeping and trainer.strategy.launcher is not None:
+    if is_sweep() and trainer.strategy.launcher is not None:
         raise ConfigurationError(
             "--multirun together with processes that Lightning starts would run the whole sweep in each of them; start "
             "the processes with torchrun --nproc-per-node N train.py --multirun ..., or use trainer.devices=1"
@@ -136,8 +176,16 @@ def make_loggers(config: Config, folder: Path) -> list[Logger]:
 
 
 def make_task(config: Config, model: nn.Module, data: ImageData, trainer: pl.Trainer) -> ClassificationTask:
-    """Create the training task, with a schedule as long as the trainer's run."""
+    """Create the training task, with a schedule as long as the trainer's run.
+
+    Raises:
+        ConfigurationError: A label smoothing that is none.
+        DataError: The training images do not fill one batch.
+    """
     assert trainer.max_epochs is not None
+    smoothing = config["label_smoothing"]
+    if not isinstance(smoothing, int | float) or not 0 <= smoothing <= 1:
+        raise ConfigurationError(f"label_smoothing={smoothing} needs to be from 0 to 1; 0.1 is usual, 0 is none")
     return ClassificationTask(
         model,
         classes=len(data.class_names),
@@ -145,7 +193,7 @@ def make_task(config: Config, model: nn.Module, data: ImageData, trainer: pl.Tra
         scheduler=config["scheduler"],
         epochs=trainer.max_epochs,
         updates_per_epoch=updates_per_epoch(data, trainer),
-        label_smoothing=config["label_smoothing"],
+        label_smoothing=smoothing,
     )
 
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from pytorch_lightning.callbacks import RichProgressBar
 from rich import get_console
 from rich.console import Console
@@ -49,6 +51,7 @@ def _is_not_chatter(record: logging.LogRecord) -> bool:
 def readable_errors() -> Generator[None]:
     """Show errors that repblocks raises on purpose as one block and exit with code 1.
 
+    In a sweep the error goes on to Hydra, which runs the other jobs before it ends with that error.
     ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
     """
     try:
@@ -57,9 +60,41 @@ def readable_errors() -> Generator[None]:
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
         Console(stderr=True).print(
-            Panel(Text(str(error)), title=type(error).__name__, border_style="red", title_align="left")
+            Panel(Text(_said(error)), title=type(error).__name__, border_style="red", title_align="left")
         )
+        if is_sweep():
+            raise
         sys.exit(1)
+
+
+def is_sweep() -> bool:
+    """Whether this is a job of ``--multirun``."""
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+def _said(error: RepblocksError) -> str:
+    """The message; of an error in a DataLoader's worker process without the traceback that torch puts around it."""
+    return str(error).rpartition(f"repblocks.errors.{type(error).__name__}: ")[2].strip()
+
+
+@contextmanager
+def interruptible(folder: Path) -> Generator[None]:
+    """On Ctrl-C say what is left of the run in ``folder``, and exit with code 130 as interrupted commands do."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning turns the interrupt of a fit into an exit with code 1.
+        if not isinstance(stop.__context__ if isinstance(stop, SystemExit) else stop, KeyboardInterrupt):
+            raise
+        best = folder / "checkpoints" / "best.ckpt"
+        kept = f"{shortest(best)} is kept: python scripts/validate.py {shortest(best)}"
+        Console(stderr=True).print(
+            f"interrupted; {kept if best.is_file() else 'no checkpoint was written yet'}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        sys.exit(130)
 
 
 class EpochBar(RichProgressBar):

@@ -1,9 +1,9 @@
 """Batches for training and evaluation."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from repblocks.errors import ConfigurationError, DataError
+from repblocks.names import known_name
 from repblocks.training.datasets import Images, Splits, load_splits
 from repblocks.training.transforms import Preprocessing, Transform
 
@@ -19,7 +20,11 @@ Loader = DataLoader[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The ``data`` group of the configuration; ``configs/data/`` documents each value."""
+    """The ``data`` group of the configuration; ``configs/data/`` documents each value.
+
+    Raises:
+        ConfigurationError: A value of a wrong kind or out of range.
+    """
 
     name: str
     image_size: int | Sequence[int]
@@ -35,17 +40,69 @@ class DataConfig:
     root: str | None = None
     download: bool = False
 
+    def __post_init__(self) -> None:
+        for key, (fits, needed) in _CHECKS.items():
+            if not fits(getattr(self, key)):
+                raise ConfigurationError(f"data.{key}={getattr(self, key)} needs to be {needed}; see configs/data/")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "DataConfig":
+        """The configuration in ``values``.
+
+        Raises:
+            ConfigurationError: A key that does not exist, one that is missing, or a wrong value.
+        """
+        for key in values:
+            known_name("data", key, [known.name for known in fields(cls)])
+        required = [known.name for known in fields(cls) if known.default is known.default_factory is MISSING]
+        if missing := [key for key in required if key not in values]:
+            raise ConfigurationError(f"the data group lacks {', '.join(missing)}; add +data.KEY=VALUE for each")
+        return cls(**values)
+
     def preprocessing(self) -> Preprocessing:
-        """The part of it that travels with the model."""
+        """The part of it that travels with the model; gray images of colour statistics get their averages."""
         size = self.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return Preprocessing(
             input_size=(self.in_chans, height, width),
-            mean=tuple(self.mean),
-            std=tuple(self.std),
+            mean=_for_channels(self.in_chans, self.mean),
+            std=_for_channels(self.in_chans, self.std),
             interpolation=self.interpolation,
             crop_pct=self.crop_pct,
         )
+
+
+def _for_channels(channels: int, values: Sequence[float]) -> tuple[float, ...]:
+    """One value per channel where gray and colour meet; other counts stay, and are refused later."""
+    if {channels, len(values)} == {1, 3}:
+        return (sum(values) / len(values),) * channels
+    return tuple(values)
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_size(value: Any) -> bool:
+    sides = cast("list[Any]", value if isinstance(value, list | tuple) else [value, value])
+    return len(sides) == 2 and all(_is_whole(side, 1) for side in sides)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(each, int | float) for each in cast("list[Any]", value))
+
+
+_CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "image_size": (_is_size, "a number of pixels, or [height, width]"),
+    "in_chans": (lambda value: _is_whole(value, 1), "a whole number, at least 1"),
+    "mean": (_are_numbers, "a list of numbers, one per channel"),
+    "std": (_are_numbers, "a list of numbers, one per channel"),
+    "crop_pct": (lambda value: isinstance(value, int | float) and 0 < value <= 1, "above 0 and at most 1"),
+    "batch_size": (lambda value: _is_whole(value, 1), "a whole number, at least 1"),
+    "workers": (lambda value: _is_whole(value, 0), "a whole number, at least 0"),
+    "drop_last": (lambda value: isinstance(value, bool), "true or false"),
+    "augment": (lambda value: isinstance(value, Mapping), "a group of values"),
+}
 
 
 class ImageData(pl.LightningDataModule):
@@ -55,23 +112,18 @@ class ImageData(pl.LightningDataModule):
         config: Dataset, preprocessing, augmentation and batching.
 
     Raises:
-        ConfigurationError: Unknown dataset or augmentation, or impossible batching.
-        DataError: Missing, empty or inconsistent files, or fewer training images than one batch.
+        ConfigurationError: Unknown dataset or augmentation.
+        DataError: Missing, empty or inconsistent files.
     """
 
     def __init__(self, config: DataConfig) -> None:
         super().__init__()
-        if config.batch_size < 1 or config.workers < 0:
-            raise ConfigurationError(
-                f"data.batch_size={config.batch_size} and data.workers={config.workers} need to be at least 1 and 0"
-            )
         self.config = config
         self.preprocessing = config.preprocessing()
         self.splits: Splits = load_splits(
             config.name, root=config.root, download=config.download, in_chans=config.in_chans
         )
         self._train = _Transformed(self.splits.train, self.preprocessing.train_transform(config.augment))
-        self.training_batches()
 
     @property
     def class_names(self) -> tuple[str, ...]:

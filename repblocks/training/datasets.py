@@ -94,6 +94,8 @@ def _cifar(dataset: type[CIFAR10], *, root: str | None, download: bool, in_chans
 
 def _image_folder(*, root: str | None, in_chans: int, **_: Any) -> Splits:
     folder = _root("imagefolder", root)
+    if in_chans not in (1, 3):
+        raise DataError(f"data.in_chans={in_chans}, images are read in 1 (grayscale) or 3 channels; choose one of them")
     read = partial(_read_image, mode="L" if in_chans == 1 else "RGB")
     train, val = (_part_of_folder(folder / part, read) for part in ("train", "val"))
     test = _part_of_folder(folder / "test", read) if (folder / "test").is_dir() else val
@@ -116,9 +118,21 @@ def _part_of_folder(folder: Path, read: Callable[[str], Image.Image]) -> ImageFo
 def _read_image(path: str, mode: Literal["L", "RGB"]) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return image.convert(mode)
-    except OSError as error:
+            return _in_eight_bits(path, image).convert(mode)
+    except (OSError, SyntaxError) as error:  # a damaged PNG is a SyntaxError of Pillow
         raise DataError(f"{path} cannot be read as an image ({error}); repair or remove it") from error
+
+
+def _in_eight_bits(path: str, image: Image.Image) -> Image.Image:
+    """The same picture in a mode that Pillow converts without clipping values and without a warning."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"{path} has pixels of mode {image.mode!r}, whose range is not fixed; needed are 8 or 16 bits per value: "
+            "scale it and save it as an 8-bit PNG"
+        )
+    return image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
 
 
 def _require_same_classes(train: ImageFolder, part: ImageFolder) -> None:

@@ -1,6 +1,7 @@
 """A training run, from configuration to verified deploy files."""
 
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -8,10 +9,10 @@ from rich import get_console
 from torch import nn
 
 from repblocks.blocks.base import deployed, form_of
-from repblocks.errors import CheckpointError
+from repblocks.errors import CheckpointError, ConfigurationError
 from repblocks.export import FORMATS, check_formats, export, installed_formats
-from repblocks.training.build import Config, make_model, make_task, make_trainer
-from repblocks.training.console import quiet_lightning, shortest, summary_table, written_files
+from repblocks.training.build import Config, make_model, make_task, make_trainer, require_output
+from repblocks.training.console import interruptible, quiet_lightning, shortest, summary_table, written_files
 from repblocks.training.data import DataConfig, ImageData
 from repblocks.training.restore import model_from_checkpoint
 from repblocks.training.summary import Stopwatch, Summary, measure, versions
@@ -36,17 +37,30 @@ def run(config: Config, folder: Path) -> Summary | None:
     """
     quiet_lightning()
     check_formats(chosen_formats(config))
-    pl.seed_everything(config["seed"], workers=True, verbose=False)
+    pl.seed_everything(checked_seed(config["seed"]), workers=True, verbose=False)
     clock = Stopwatch()
     with clock("data"):
-        data = ImageData(DataConfig(**config["data"]))
+        data = ImageData(DataConfig.of(config["data"]))
     model = make_model(config["model"], data)
+    require_output(model, data)
     trainer = make_trainer(config, folder)
     task = make_task(config, model, data, trainer)
     announce(config, model, data, trainer, folder)
-    with clock("fit"):
-        trainer.fit(task, datamodule=data)
-    return conclude(config, data, trainer, folder, clock) if trainer.is_global_zero else None
+    with interruptible(folder):
+        with clock("fit"):
+            trainer.fit(task, datamodule=data)
+        return conclude(config, data, trainer, folder, clock) if trainer.is_global_zero else None
+
+
+def checked_seed(seed: Any) -> int:
+    """The seed, if random number generators take it.
+
+    Raises:
+        ConfigurationError: They do not.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ConfigurationError(f"seed={seed} needs to be a whole number from 0 to 2**32 - 1, such as seed=0")
+    return seed
 
 
 def chosen_formats(config: Config) -> list[str]:
@@ -127,6 +141,6 @@ def best_checkpoint(trainer: pl.Trainer) -> tuple[Path, float]:
     if not isinstance(callback, ModelCheckpoint) or callback.best_model_score is None:
         raise CheckpointError(
             "training ended without a validation, so there is no checkpoint to collapse and export; let it run for "
-            "a whole epoch (leave trainer.max_steps, max_time and fast_dev_run alone)"
+            "a whole epoch: take out the trainer.* arguments that end or skip one"
         )
     return Path(callback.best_model_path), callback.best_model_score.item()

@@ -10,8 +10,8 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from repblocks.checkpoint import describe
 from repblocks.errors import NonFiniteError
+from repblocks.header import describe
 from repblocks.training.optimization import interval, make_optimizer, make_scheduler
 from repblocks.training.restore import ENTRY
 

@@ -16,6 +16,9 @@ from repblocks.names import known_name
 
 Transform = Callable[[Image], Tensor]
 
+INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
+"""What both timm and torchvision know."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
@@ -36,6 +39,7 @@ class Preprocessing:
     crop_pct: float = 1.0
 
     def __post_init__(self) -> None:
+        known_name("data.interpolation", str(self.interpolation), INTERPOLATIONS)
         channels = self.input_size[0]
         if len(self.mean) != channels or len(self.std) != channels:
             raise ConfigurationError(

@@ -79,6 +79,14 @@ def test_unknown_name_suggests_near_ones():
         create_model("qqqqq")
 
 
+def test_an_unknown_tag_is_refused():
+    with pytest.raises(ConfigurationError, match=r"rb_repvgg_a0 has no weights tagged 'foo' \(none .*leave the tag"):
+        create_model("rb_repvgg_a0.foo")
+    with pytest.raises(ConfigurationError, match=r"resnet18 has no weights tagged 'foo' \(.*resnet18\.a1_in1k"):
+        create_model("resnet18.foo")
+    assert create_model("resnet18.a1_in1k").model_name == "resnet18.a1_in1k"
+
+
 def test_unknown_form_is_refused():
     with pytest.raises(ConfigurationError, match="unknown form 'merged'; use 'train' or 'deploy'"):
         create_model("rb_repvgg_cifar", form="merged")

@@ -3,13 +3,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import nn
 
 from repblocks.errors import ConfigurationError, DataError
-from repblocks.training.build import make_loggers, make_model, make_trainer, updates_per_epoch
+from repblocks.training.build import (
+    make_loggers,
+    make_model,
+    make_task,
+    make_trainer,
+    require_output,
+    updates_per_epoch,
+)
 from repblocks.training.data import DataConfig, ImageData
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -52,6 +61,33 @@ class TestModel:
             make_model(model_config(args={"drop_rat": 0.1}), digits)
 
 
+class TestOutput:
+    def test_a_model_that_takes_the_images_stays_as_it_was(self, digits: ImageData) -> None:
+        model = make_model(model_config(), digits)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        require_output(model, digits)
+        assert model.training
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+    def test_a_model_for_another_image_size_is_refused(self, digits: ImageData) -> None:
+        model = make_model(model_config(name="vit_tiny_patch16_224"), digits)
+        with pytest.raises(
+            ConfigurationError, match=r"vit_tiny\S+ on images of 32x32 .*data\.image_size .*args\.img_size"
+        ):
+            require_output(model, digits)
+
+    def test_a_model_without_class_scores_is_refused(self, digits: ImageData) -> None:
+        with pytest.raises(ConfigurationError, match="gives list, needed is one row of 10 class scores"):
+            require_output(make_model(model_config(args={"features_only": True}), digits), digits)
+
+
+@pytest.mark.parametrize("smoothing", ["2", "-0.1", "null", "abc"])
+def test_an_impossible_label_smoothing_is_refused(configure: Any, digits: ImageData, smoothing: str) -> None:
+    config = configure("trainer=cpu", f"label_smoothing={smoothing}")
+    with pytest.raises(ConfigurationError, match=r"label_smoothing=\S+ needs to be from 0 to 1"):
+        make_task(config, nn.Identity(), digits, pl.Trainer(accelerator="cpu", logger=False, max_epochs=1))
+
+
 class TestTrainer:
     def test_it_keeps_the_best_and_the_last_checkpoint(self, tiny: Any, tmp_path: Path) -> None:
         callback = make_trainer(tiny(), tmp_path).checkpoint_callback
@@ -68,14 +104,27 @@ class TestTrainer:
         with pytest.raises(ConfigurationError, match=r"the trainer refuses its settings: .*configs/trainer/"):
             make_trainer(tiny(wrong), tmp_path)
 
-    @pytest.mark.parametrize("wrong", ["trainer.limit_val_batches=0", "+trainer.check_val_every_n_epoch=2"])
+    @pytest.mark.parametrize(
+        "wrong",
+        [f"trainer.limit_{part}_batches=0" for part in ("train", "val")] + ["+trainer.check_val_every_n_epoch=2"],
+    )
     def test_validation_must_run_because_it_chooses_the_checkpoint(self, tiny: Any, tmp_path: Path, wrong: str) -> None:
         with pytest.raises(ConfigurationError, match="validation would never run"):
             make_trainer(tiny(wrong), tmp_path)
 
-    def test_no_epochs_are_refused(self, tiny: Any, tmp_path: Path) -> None:
-        with pytest.raises(ConfigurationError, match=r"trainer\.max_epochs=0 needs to be at least 1"):
-            make_trainer(tiny("trainer.max_epochs=0"), tmp_path)
+    @pytest.mark.parametrize("epochs", ["0", "-1", "null", "abc", "1.5"])
+    def test_no_or_strange_epochs_are_refused(self, tiny: Any, tmp_path: Path, epochs: str) -> None:
+        with pytest.raises(ConfigurationError, match=r"trainer\.max_epochs=\S+ needs to be at least 1 and a whole"):
+            make_trainer(tiny(f"trainer.max_epochs={epochs}"), tmp_path)
+
+    @pytest.mark.parametrize("cut", ["fast_dev_run=true", "fast_dev_run=2", "max_steps=3", "max_time=00:00:01:00"])
+    def test_ends_within_an_epoch_are_refused_before_training(self, tiny: Any, tmp_path: Path, cut: str) -> None:
+        with pytest.raises(ConfigurationError, match=rf"trainer\.{cut.partition('=')[0]}=.*use trainer\.max_epochs=1"):
+            make_trainer(tiny(f"+trainer.{cut}"), tmp_path)
+
+    @pytest.mark.parametrize("off", ["fast_dev_run=false", "max_steps=-1", "max_time=null"])
+    def test_those_ends_may_be_switched_off(self, tiny: Any, tmp_path: Path, off: str) -> None:
+        assert make_trainer(tiny(f"+trainer.{off}"), tmp_path).max_epochs == 1
 
     def test_a_sweep_does_not_start_processes_that_would_sweep_again(
         self, configure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

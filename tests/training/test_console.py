@@ -1,10 +1,13 @@
 import logging
 import warnings
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
+from torch.utils.data import DataLoader
 
 from repblocks.errors import DataError
-from repblocks.training.console import quiet_lightning, readable_errors
+from repblocks.training.console import interruptible, quiet_lightning, readable_errors
 
 
 def test_an_error_of_ours_is_one_block_and_a_failing_exit_code(
@@ -29,6 +32,56 @@ def test_developers_get_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_errors_pass_through() -> None:
     with pytest.raises(ZeroDivisionError), readable_errors():
         raise ZeroDivisionError
+
+
+def test_an_error_of_a_worker_process_is_shown_without_its_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    loader: DataLoader[Any] = DataLoader(cast("Any", Unreadable()), num_workers=1)
+    with pytest.raises(SystemExit), readable_errors():
+        next(iter(loader))
+    shown = capsys.readouterr().err
+    assert "a.png cannot be read; remove it" in shown
+    assert "Traceback" not in shown
+    assert "worker process" not in shown
+
+
+class Unreadable:
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        raise DataError("a.png cannot be read; remove it")
+
+
+def test_in_a_sweep_the_error_is_shown_and_goes_on_to_hydra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setattr("repblocks.training.console.is_sweep", lambda: True)
+    with pytest.raises(DataError), readable_errors():
+        raise DataError("no images in photos")
+    assert "no images in photos" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("written", ["checkpoint", "nothing"])
+def test_an_interrupt_says_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str], written: str) -> None:
+    best = tmp_path / "checkpoints" / "best.ckpt"
+    if written == "checkpoint":
+        best.parent.mkdir()
+        best.touch()
+    with pytest.raises(SystemExit) as stopped, interruptible(tmp_path):
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130
+    said = f"{best} is kept: python scripts/validate.py {best}" if written == "checkpoint" else "no checkpoint was"
+    assert f"interrupted; {said}" in capsys.readouterr().err
+
+
+def test_other_exits_keep_their_code(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stopped, interruptible(tmp_path):
+        raise SystemExit(3)
+    assert stopped.value.code == 3
 
 
 def test_advertisements_are_dropped_and_other_messages_stay() -> None:

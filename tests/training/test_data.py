@@ -53,17 +53,55 @@ def test_processes_share_the_batches(folder_config: DataConfig) -> None:
         data.training_batches(8)
 
 
-def test_fewer_images_than_a_batch_are_refused_before_training(folder_config: DataConfig) -> None:
+def test_fewer_images_than_a_batch_can_be_tested_but_not_trained_on(folder_config: DataConfig) -> None:
+    data = ImageData(replace(folder_config, batch_size=9))
+    assert len(data.test_images(100)) == 6
     with pytest.raises(
         DataError, match=r"8 training images .* data\.batch_size=9; lower it, or set data\.drop_last=false"
     ):
-        ImageData(replace(folder_config, batch_size=9))
+        data.training_batches()
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"workers": -1}])
-def test_impossible_batching_is_refused(folder_config: DataConfig, wrong: dict[str, int]) -> None:
-    with pytest.raises(ConfigurationError, match="need to be at least 1 and 0"):
-        ImageData(replace(folder_config, **wrong))
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "batch_size=0",
+        "batch_size=many",
+        "workers=-1",
+        "image_size=abc",
+        "image_size=[8]",
+        "image_size=0",
+        "in_chans=x",
+        "mean=0.5",
+        "std=[a]",
+        "crop_pct=2",
+        "drop_last=3",
+        "augment=null",
+    ],
+)
+def test_a_wrong_value_is_named_with_what_it_needs_to_be(configure: Any, wrong: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"data\.{wrong.partition('=')[0]}=.* needs to be .*configs/data/"):
+        DataConfig.of(configure(f"data.{wrong}")["data"])
+
+
+def test_a_key_that_does_not_exist_or_is_missing_is_named(configure: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"data=foo is unknown"):
+        DataConfig.of(configure("+data.foo=1")["data"])
+    with pytest.raises(ConfigurationError, match=r"lacks image_size, std"):
+        DataConfig.of(configure("~data.image_size", "~data.std")["data"])
+
+
+def test_gray_images_from_folders_average_the_colours_statistics(configure: Any, image_folder: Path) -> None:
+    overrides = ("data=imagefolder", f"data.root={image_folder}", "data.image_size=16", "data.workers=0")
+    data = ImageData(DataConfig.of(configure(*overrides, "data.in_chans=1")["data"]))
+    assert data.preprocessing.mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
+    assert data.preprocessing.std == pytest.approx([(0.229 + 0.224 + 0.225) / 3])
+    assert data.test_images(2).shape == (2, 1, 16, 16)
+
+
+def test_one_value_serves_three_channels(configure: Any) -> None:
+    config = DataConfig.of(configure("data=cifar10", "data.mean=[0.4]", "data.std=[0.2]")["data"])
+    assert (config.preprocessing().mean, config.preprocessing().std) == ((0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
 
 
 def test_worker_processes_load_the_same_images(folder_config: DataConfig) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from repblocks.errors import ConfigurationError, DataError
@@ -152,6 +153,31 @@ class TestImageFolder:
         splits = load("imagefolder", image_folder)
         with pytest.raises(DataError, match=r"cat/0\.png cannot be read"):
             splits.train[0]
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_sixteen_bits_per_pixel_keep_their_gray_levels(self, image_folder: Path, channels: int) -> None:
+        levels = np.arange(256, dtype=np.uint16).reshape(8, 32) * 257
+        Image.fromarray(levels).save(image_folder / "train" / "cat" / "0.png")
+        image, _ = load("imagefolder", image_folder, in_chans=channels).train[0]
+        gray = np.asarray(image).reshape(8, 32, channels)
+        assert all(np.array_equal(gray[..., channel], levels // 257) for channel in range(channels))
+
+    @pytest.mark.parametrize("dtype", [np.int32, np.float32])
+    def test_pixels_without_a_fixed_range_are_refused(self, image_folder: Path, dtype: Any) -> None:
+        Image.fromarray(np.ones((8, 8), dtype=dtype)).save(image_folder / "train" / "cat" / "00.tiff")
+        with pytest.raises(DataError, match=r"cat/00\.tiff has pixels of mode .*save it as an 8-bit PNG"):
+            load("imagefolder", image_folder).train[1]
+
+    def test_a_palette_with_transparency_is_read_without_a_warning(self, image_folder: Path) -> None:
+        palette = Image.new("P", (8, 8), 1)
+        palette.putpalette([0, 0, 0, 10, 20, 30])
+        palette.save(image_folder / "train" / "cat" / "0.png", transparency=bytes([255, 128]))
+        image, _ = load("imagefolder", image_folder).train[0]
+        assert image.getpixel((3, 3)) == (10, 20, 30)
+
+    def test_other_channels_than_gray_and_colour_are_refused(self, image_folder: Path) -> None:
+        with pytest.raises(DataError, match=r"data\.in_chans=2, images are read in 1 \(grayscale\) or 3"):
+            load("imagefolder", image_folder, in_chans=2)
 
     def test_the_root_is_required(self) -> None:
         with pytest.raises(DataError, match=r"needs data\.root=FOLDER"):

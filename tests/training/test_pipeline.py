@@ -1,19 +1,22 @@
 import csv
 import importlib.util
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 
 from repblocks.blocks.base import deployed, form_of
 from repblocks.checkpoint import load
-from repblocks.errors import CheckpointError, ConfigurationError, VerificationError
+from repblocks.errors import CheckpointError, ConfigurationError, DataError, VerificationError
 from repblocks.models.registry import create_model
-from repblocks.training.pipeline import remarks, run
+from repblocks.training.pipeline import best_checkpoint, remarks, run
 from repblocks.training.restore import model_from_checkpoint
+from repblocks.training.task import ClassificationTask
 
 
 def test_a_run_leaves_checkpoints_metrics_summary_and_deploy_files(
@@ -114,10 +117,55 @@ def test_forms_that_differ_are_not_exported(tiny: Any, tmp_path: Path, monkeypat
     assert (tmp_path / "checkpoints" / "best.ckpt").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
-def test_a_run_that_ends_without_validation_says_why_nothing_is_exported(tiny: Any, tmp_path: Path) -> None:
+def test_a_run_that_ends_without_validation_says_why_nothing_is_exported() -> None:
     with pytest.raises(CheckpointError, match="ended without a validation"):
-        run(tiny("+trainer.max_steps=1", "trainer.limit_train_batches=8"), tmp_path)
+        best_checkpoint(pl.Trainer(accelerator="cpu", logger=False))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("seed=abc", r"seed=abc needs to be a whole number"),
+        ("seed=-1", r"seed=-1 needs to be"),
+        ("seed=null", r"seed=None needs to be"),
+        ("+data.foo=1", r"data=foo is unknown"),
+        ("label_smoothing=2", r"label_smoothing=2 needs to be"),
+        ("trainer.max_epochs=null", r"trainer\.max_epochs=None needs to be"),
+    ],
+)
+def test_a_wrong_value_stops_before_training(tiny: Any, tmp_path: Path, wrong: str, words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        run(tiny(wrong), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fewer_images_than_a_batch_stop_before_training(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"1257 training images .*lower it, or set data\.drop_last=false"):
+        run(tiny("data.batch_size=2000"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_an_interrupted_fit_says_what_is_kept(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], epoch: int
+) -> None:
+    def interrupted(task: ClassificationTask, *batch: Any) -> torch.Tensor:
+        if task.current_epoch == epoch:
+            raise KeyboardInterrupt
+        return step(task, *batch)
+
+    handler, step = signal.getsignal(signal.SIGINT), ClassificationTask.training_step
+    monkeypatch.setattr(ClassificationTask, "training_step", interrupted)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run(tiny("trainer.max_epochs=2"), tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert stopped.value.code == 130
+    said = capsys.readouterr().err
+    best = tmp_path / "checkpoints" / "best.ckpt"
+    kept = f"{best} is kept: python scripts/validate.py {best}"
+    assert f"interrupted; {kept if epoch else 'no checkpoint was written yet'}" in said
 
 
 def test_an_unknown_export_format_stops_before_training(tiny: Any, tmp_path: Path) -> None:

@@ -71,6 +71,40 @@ def test_weights_of_another_model_are_refused(checkpoint: Path) -> None:
         model_from_checkpoint(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "no_such_model"}, "not registered here"),
+        ({"model": 3}, "model is 3"),
+        ({"model": "hf-hub:someone/something"}, "not registered here"),
+        ({"args": ["widths"]}, r"args is \['widths'\]"),
+        ({"args": {"pretrained": True}}, "asks to fetch other files"),
+        ({"args": {"checkpoint_path": "/etc/passwd"}}, "asks to fetch other files"),
+        ({"args": {"no_such_argument": 1}}, "does not build"),
+        ({"format_version": 99}, "format version 99.*upgrade"),
+        ({"classes": 3}, "classes is 3"),
+    ],
+)
+def test_a_header_that_the_package_would_not_write_is_refused(
+    checkpoint: Path, changes: dict[str, Any], words: str
+) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    content["repblocks"] |= changes
+    torch.save(content, checkpoint)
+    with pytest.raises(CheckpointError, match=words) as refused:
+        model_from_checkpoint(checkpoint)
+    assert str(checkpoint) in str(refused.value)
+
+
+@pytest.mark.parametrize("part", ["header", "list", "no tensor"])
+def test_parts_of_another_kind_are_refused(checkpoint: Path, part: str) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    state = {"list": [1, 2], "no tensor": {"model.head.weight": 3}}
+    torch.save(content | ({"repblocks": 3} if part == "header" else {"state_dict": state[part]}), checkpoint)
+    with pytest.raises(CheckpointError, match=rf"of {checkpoint} is damaged"):
+        model_from_checkpoint(checkpoint)
+
+
 def test_a_damaged_archive_is_recognised(checkpoint: Path) -> None:
     content = bytearray(checkpoint.read_bytes())
     at = content.index(b"state_dict")

@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from repblocks.errors import ConfigurationError
-from repblocks.training.transforms import Preprocessing
+from repblocks.training.transforms import INTERPOLATIONS, Preprocessing
 
 GRAY = Preprocessing(input_size=(1, 24, 32), mean=(0.25,), std=(0.5,))
 COLOUR = Preprocessing(input_size=(3, 32, 32), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
@@ -41,6 +41,19 @@ def test_moves_differ_from_draw_to_draw() -> None:
 def test_an_unknown_augmentation_names_near_ones() -> None:
     with pytest.raises(ConfigurationError, match=r"data\.augment=hflipp is unknown.*hflip"):
         COLOUR.train_transform({"hflipp": 0.5})
+
+
+def test_an_unknown_interpolation_names_near_ones() -> None:
+    with pytest.raises(ConfigurationError, match=r"data\.interpolation=bicubi is unknown.*bicubic"):
+        Preprocessing(input_size=(1, 8, 8), mean=(0.5,), std=(1.0,), interpolation="bicubi")
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_every_interpolation_works_with_and_without_moves(interpolation: str) -> None:
+    settings = Preprocessing(input_size=(1, 8, 8), mean=(0.5,), std=(1.0,), interpolation=interpolation)
+    still = {"hflip": 0.0, "color_jitter": None}
+    transforms = (settings.eval_transform(), *(settings.train_transform({**still, "padding": pad}) for pad in (0, 1)))
+    assert all(transform(picture(9, 7)).shape == (1, 8, 8) for transform in transforms)
 
 
 def test_mean_and_std_need_a_value_per_channel() -> None:
