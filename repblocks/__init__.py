@@ -36,6 +36,7 @@ from repblocks.errors import (
 from repblocks.export import export
 from repblocks.fusion import (
     AffineConv,
+    AffineConvTranspose,
     Concat,
     SplitConcat,
     Sum,
@@ -45,12 +46,15 @@ from repblocks.fusion import (
     concat,
     fold,
     interleave,
+    macs,
     pad_kernel,
     split_concat,
+    to_matrix,
     ungroup,
 )
 from repblocks.models import create_model, list_models
 from repblocks.profiling import profile
+from repblocks.spectra import kernel_report, linear_operator, spectral_norm, spectrum
 from repblocks.verification import EquivalenceReport, verify
 
 __version__ = version("repblocks")
@@ -59,6 +63,7 @@ __all__ = [
     "BLOCKS",
     "ACConv",
     "AffineConv",
+    "AffineConvTranspose",
     "BNConv",
     "BranchConv",
     "CheckpointError",
@@ -90,14 +95,20 @@ __all__ = [
     "fold",
     "form_of",
     "interleave",
+    "kernel_report",
+    "linear_operator",
     "list_models",
     "load",
+    "macs",
     "pad_kernel",
     "profile",
     "register_block",
     "save",
+    "spectral_norm",
+    "spectrum",
     "split_concat",
     "switch_to_deploy",
+    "to_matrix",
     "ungroup",
     "verify",
 ]

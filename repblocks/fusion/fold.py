@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,13 @@ from torch.nn.modules.dropout import _DropoutNd  # pyright: ignore[reportPrivate
 from repblocks.errors import FoldError
 from repblocks.fusion import constructors
 from repblocks.fusion.affine_conv import AffineConv, ConvNd
-from repblocks.fusion.constructors import AvgPoolNd
+from repblocks.fusion.constructors import AdaptiveAvgPoolNd, AvgPoolNd
 from repblocks.fusion.containers import Concat, SplitConcat, Sum
 from repblocks.fusion.faithful import has_forward_hooks, overridden_methods
-from repblocks.fusion.kernels import add, compose, concat, split_concat
+from repblocks.fusion.transposed import AffineConvTranspose, AnyConv, ConvTransposeNd
+from repblocks.fusion.verbs import add, compose, concat, split_concat
 
-Rule = Callable[..., AffineConv]
+Rule = Callable[..., AnyConv]
 ChannelsRead = Callable[[Any], int | None]
 SomeRule = TypeVar("SomeRule", bound=Rule)
 
@@ -28,7 +29,11 @@ class Fold:
 
     The module is taken as it behaves now: eval-mode BatchNorm folds by its running statistics, and what is random
     or depends on the batch raises. The value refers to the live parameters, so gradients reach them. ``nn.Sequential``
-    composes, ``Sum`` adds, ``Concat`` and ``SplitConcat`` concatenate. A linear layer reads ``[N, in_features]``.
+    composes, ``Sum`` adds, ``Concat`` and ``SplitConcat`` concatenate. A linear layer reads ``[N, in_features]``. What
+    holds a transposed convolution folds to an `AffineConvTranspose`.
+
+    No number is looked at, so that folding stays differentiable and compilable: NaN and infinite weights give NaN and
+    infinite weights. Deployment (``switch_to_deploy``, ``deployed``) refuses those.
 
     A class's rule holds for its subclasses only as far as they keep its ``forward``.
 
@@ -68,12 +73,18 @@ class Fold:
     def _ruled_class(self, module: nn.Module) -> type[nn.Module] | None:
         return next((cls for cls in type(module).__mro__ if cls in self._rules), None)
 
-    def __call__(self, module: nn.Module, in_channels: int | None = None) -> AffineConv:
+    @overload
+    def __call__(  # pyright: ignore[reportOverlappingOverload]  # chains of transposed ones are beyond static types
+        self, module: ConvTransposeNd, in_channels: int | None = None
+    ) -> AffineConvTranspose: ...
+    @overload
+    def __call__(self, module: nn.Module, in_channels: int | None = None) -> AffineConv: ...
+    def __call__(self, module: nn.Module, in_channels: int | None = None) -> AnyConv:
         """Fold ``module``; see the class."""
         value = self.constant(module, in_channels)
         return value if _tensor_of(module) is not None else value.to(dtype=torch.get_default_dtype())
 
-    def constant(self, module: nn.Module, in_channels: int | None) -> AffineConv:
+    def constant(self, module: nn.Module, in_channels: int | None) -> AnyConv:
         """Fold, leaving what has no tensors of its own (pooling, identity) in float64, to be cast to its siblings'."""
         cls = self._ruled_class(module)
         if cls is None:
@@ -98,14 +109,14 @@ def _require_faithful(module: nn.Module, cls: type[nn.Module]) -> None:
         raise FoldError(f"{type(module).__name__} carries forward hooks, which folding would lose; remove them first")
 
 
-def fold_siblings(modules: Iterable[nn.Module], in_channels: int | None) -> list[AffineConv]:
+def fold_siblings(modules: Iterable[nn.Module], in_channels: int | None) -> list[AnyConv]:
     """Fold modules over one input, constants in the dtype and on the device of the others."""
     members = list(modules)
     known = in_channels if in_channels is not None else _first_known(members)
     return _like_each_other(members, [fold.constant(module, known) for module in members])
 
 
-def _like_each_other(modules: Sequence[nn.Module], values: Sequence[AffineConv]) -> list[AffineConv]:
+def _like_each_other(modules: Sequence[nn.Module], values: Sequence[AnyConv]) -> list[AnyConv]:
     tensors = [_tensor_of(module) for module in modules]
     model = next((tensor for tensor in tensors if tensor is not None), None)
     if model is None:
@@ -166,13 +177,34 @@ def _fold_linear(module: nn.Linear, in_channels: int | None) -> AffineConv:
     return constructors.from_linear(module)
 
 
+@fold.register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, reads=lambda conv: conv.in_channels)
+def _fold_conv_transpose(module: ConvTransposeNd, in_channels: int | None) -> AffineConvTranspose:
+    return AffineConvTranspose.from_module(module)
+
+
+@fold.register(nn.Flatten)
+def _refuse_flatten(module: nn.Flatten, in_channels: int | None) -> AffineConv:
+    raise FoldError(
+        f"the kernel of a linear layer behind {module!r} depends on the size of the map; fold what is before it, and "
+        "the linear layer by repblocks.fusion.from_flattened_linear(fc, input_size)"
+    )
+
+
+@fold.register(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+def _refuse_adaptive_pool(module: AdaptiveAvgPoolNd, in_channels: int | None) -> AffineConv:
+    raise FoldError(
+        f"the windows of {module!r} depend on the size of the map; call "
+        "repblocks.fusion.from_adaptive_pool(pool, channels, input_size), and compose it with what follows"
+    )
+
+
 @fold.register(nn.Sequential, reads=lambda chain: _first_known(chain))
-def _fold_sequential(module: nn.Sequential, in_channels: int | None) -> AffineConv:
+def _fold_sequential(module: nn.Sequential, in_channels: int | None) -> AnyConv:
     members = list(module)
     channels = in_channels if in_channels is not None else _first_known(members)
     if not members:
         return _fold_identity(module, channels)
-    links: list[AffineConv] = []
+    links: list[AnyConv] = []
     for member in members:
         links.append(fold.constant(member, channels))
         channels = links[-1].out_channels
@@ -180,23 +212,23 @@ def _fold_sequential(module: nn.Sequential, in_channels: int | None) -> AffineCo
 
 
 @fold.register(Sum, reads=lambda branches: _first_known(branches.values()))
-def _fold_sum(module: Sum, in_channels: int | None) -> AffineConv:
+def _fold_sum(module: Sum, in_channels: int | None) -> AnyConv:
     return _outside_linear(module, add(*fold_siblings(module.values(), in_channels)))
 
 
 @fold.register(Concat, reads=lambda branches: _first_known(branches.values()))
-def _fold_concat(module: Concat, in_channels: int | None) -> AffineConv:
+def _fold_concat(module: Concat, in_channels: int | None) -> AnyConv:
     return _outside_linear(module, concat(*fold_siblings(module.values(), in_channels)))
 
 
 @fold.register(SplitConcat, reads=lambda branches: sum(branches.widths))
-def _fold_split_concat(module: SplitConcat, in_channels: int | None) -> AffineConv:
+def _fold_split_concat(module: SplitConcat, in_channels: int | None) -> AnyConv:
     members = list(module.values())
     values = [fold.constant(member, width) for member, width in zip(members, module.widths, strict=True)]
     return _outside_linear(module, split_concat(*_like_each_other(members, values)))
 
 
-def _outside_linear(module: nn.Module, value: AffineConv) -> AffineConv:
+def _outside_linear(module: nn.Module, value: AnyConv) -> AnyConv:
     """Refuse linear layers among convolutions: they act on the last dimension, not on the channels."""
     members = list(module.modules())
     spatial = value.rank or any(isinstance(member, nn.BatchNorm2d | nn.BatchNorm3d) for member in members)

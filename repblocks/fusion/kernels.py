@@ -1,4 +1,4 @@
-"""The arithmetic of convolutions: every kernel is exact or raises FoldError."""
+"""The arithmetic of ordinary convolutions, exact or FoldError; `verbs` says what each function promises."""
 
 import functools
 import math
@@ -17,19 +17,7 @@ from repblocks.fusion.geometry import Pair, insert_zeros
 
 
 def add(*convs: AffineConv) -> AffineConv:
-    """Merge parallel branches: ``add(a, b)(x) == a(x) + b(x)``.
-
-    Kernels are aligned by the positions of their taps and zero-padded to the widest (paradigms 2, 4 and 6a).
-    Groups become the greatest common divisor of the branches'.
-
-    Args:
-        convs: Branches over one input, weights ``[O, I / groups, *kernel_size]``.
-
-    Raises:
-        FoldError: Channels, strides, padding modes or output grids differ.
-
-    Source: Ding et al. 2021, "RepVGG", https://arxiv.org/abs/2101.03697, section 3.3.
-    """
+    """`verbs.add` of ordinary convolutions."""
     branches = _over_one_input("add", convs)
     require_same("add", branches, "out_channels", lambda conv: conv.out_channels)
     present = [conv.bias for conv in branches if conv.bias is not None]
@@ -39,27 +27,13 @@ def add(*convs: AffineConv) -> AffineConv:
 
 
 def concat(*convs: AffineConv) -> AffineConv:
-    """Merge branches whose outputs are concatenated: ``concat(a, b)(x) == cat(a(x), b(x))`` along the channels.
-
-    Grouped branches become dense; ``interleave`` keeps groups (paradigms 3 and 4).
-
-    Raises:
-        FoldError: In channels, strides, padding modes or output grids differ.
-
-    Source: Ding et al. 2021, "Diverse Branch Block", https://arxiv.org/abs/2103.13425, section 3.2.
-    """
+    """`verbs.concat` of ordinary convolutions."""
     branches = [ungroup(conv, 1) for conv in _aligned("concat", convs)]
     return replace(branches[0], weight=torch.cat([conv.weight for conv in branches]), bias=_joined_bias(branches))
 
 
 def interleave(*convs: AffineConv) -> AffineConv:
-    """Merge branches channel by channel: output ``n * i + j`` is channel ``i`` of the ``j``-th of ``n`` branches.
-
-    Equal to ``concat`` up to that order, but grouped and depthwise branches stay grouped (paradigm 6b).
-
-    Raises:
-        FoldError: Channels, strides, padding modes or output grids differ.
-    """
+    """`verbs.interleave` of ordinary convolutions."""
     branches = _aligned("interleave", convs)
     require_same("interleave", branches, "out_channels", lambda conv: conv.out_channels)
     weight = torch.stack([conv.weight for conv in branches], dim=1).flatten(0, 1)
@@ -68,16 +42,7 @@ def interleave(*convs: AffineConv) -> AffineConv:
 
 
 def split_concat(*convs: AffineConv) -> AffineConv:
-    """Merge branches that each read their own slice of the channels, in order, and whose outputs are concatenated.
-
-    ``split_concat(a, b)(cat(x, y)) == cat(a(x), b(y))``: the kernel is block-diagonal, with the finest groups
-    that the blocks allow.
-
-    Raises:
-        FoldError: Strides, padding modes or output grids differ.
-
-    Source: seed of the project, RepUnit's channel-split form.
-    """
+    """`verbs.split_concat` of ordinary convolutions."""
     parts = unified("split_concat", convs)
     window = Window.over("split_concat", parts)
     branches = [window.conv(window.kernel([conv], conv.groups), conv.bias, conv.groups) for conv in parts]
@@ -117,18 +82,7 @@ def _place_blocks(conv: AffineConv, start: int, reads: int) -> Tensor:
 
 
 def compose(first: AffineConv, second: AffineConv) -> AffineConv:
-    """Merge a chain: ``compose(first, second)(x) == second(first(x))``.
-
-    Paradigms 1, 5a, 5b and 8, and two kernels of any size: the merged reach is ``d1 (k1 - 1) + s1 d2 (k2 - 1)``,
-    the stride ``s1 s2``. The groups are ``gcd(g1, g2)``, which is the finest structure of the product.
-
-    Raises:
-        FoldError: Channels differ; or ``second`` pads the border of ``first``'s output in a way that no padding
-            of the input reproduces (zeros after a bias or after a kernel that does not cover the border;
-            reflect, replicate or circular after anything but an unpadded pointwise convolution).
-
-    Source: Ding et al. 2021, "Diverse Branch Block", https://arxiv.org/abs/2103.13425, section 3.2, transform III.
-    """
+    """`verbs.compose` of ordinary convolutions."""
     first, second = unified("compose", (first, second))
     if first.out_channels != second.in_channels:
         raise FoldError(
@@ -245,14 +199,7 @@ def _composed_bias(first: AffineConv, second: AffineConv) -> Tensor | None:
 
 
 def pad_kernel(conv: AffineConv, kernel_size: int | Sequence[int]) -> AffineConv:
-    """Grow a kernel by zero taps to ``kernel_size``: ``pad_kernel(conv, kernel_size)(x) == conv(x)``.
-
-    Padding grows with it, as evenly as the old padding allows; odd, even and rectangular sizes (paradigm 4). Reflect
-    and circular padding of the new width need an input at least that large.
-
-    Raises:
-        FoldError: A side of ``kernel_size`` is smaller than the kernel's, or their numbers differ.
-    """
+    """`verbs.pad_kernel` of an ordinary convolution."""
     size = (kernel_size,) * conv.rank if isinstance(kernel_size, int) else tuple(kernel_size)
     if len(size) != conv.rank or any(new < old for new, old in zip(size, conv.kernel_size, strict=True)):
         raise FoldError(f"cannot pad {conv!r} to kernel_size={size}: kernels only grow, per spatial dim")
@@ -268,11 +215,7 @@ def _even_margin(taps: int, dilation: int, padding: Pair) -> Pair:
 
 
 def ungroup(conv: AffineConv, groups: int) -> AffineConv:
-    """The same convolution in fewer groups: ``ungroup(conv, groups)(x) == conv(x)``, zeros across old groups.
-
-    Raises:
-        FoldError: ``groups`` does not divide ``conv.groups``.
-    """
+    """`verbs.ungroup` of an ordinary convolution."""
     if groups < 1 or conv.groups % groups:
         raise FoldError(f"cannot ungroup {conv!r} to groups={groups}: the new groups must divide the old")
     if groups == conv.groups:
