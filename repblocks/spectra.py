@@ -76,7 +76,7 @@ def spectrum(conv: AffineConv, input_size: Sequence[int], k: int = 6, *, toleran
         conv: The convolution.
         input_size: Spatial size of the input, without batch and channels.
         k: How many.
-        tolerance: Of Lanczos, relative to the squares of the singular values. A loose one is faster.
+        tolerance: Of Lanczos, relative to the square of the largest singular value. A loose one is faster.
 
     Raises:
         ConfigurationError: There are not ``k`` singular values.
@@ -289,40 +289,54 @@ def _dense_spectrum(linear: AffineConv, input_size: Sequence[int]) -> Tensor:
 
 def _lanczos_spectrum(linear: AffineConv, input_size: Sequence[int], k: int, tolerance: float) -> Tensor:
     """Values come from the operator on the singular vectors: roots of its square would lose half the digits."""
-    scale = linear.weight.norm().item()  # ARPACK's test of convergence is not invariant to scale
-    if not scale:
-        return torch.zeros(k, dtype=torch.float64)
+    scale = linear.weight.norm().item() or 1.0  # ARPACK's test of convergence is not invariant to scale
     operator = linear_operator(replace(linear, weight=linear.weight / scale), input_size)
     tall = operator if operator.shape[0] >= operator.shape[1] else operator.T
-    values, vectors = _largest_eigenpairs(tall.T @ tall, k, tolerance)
-    while k > 1:  # one start vector reaches one copy of a multiple value, and the others by rounding only
-        value, vector = _largest_eigenpairs(_deflated(tall.T @ tall, values, vectors), 1, tolerance)
-        if value[0] <= np.sort(values)[-k] * (1 + tolerance):
-            break
-        values, vectors = np.append(values, value), np.column_stack([vectors, vector])
-    basis = np.linalg.qr(vectors).Q
+    start = np.random.default_rng(0).standard_normal(tall.shape[1])
+    shift = np.linalg.norm(tall.rmatvec(tall @ start)) / np.linalg.norm(start)
+    if not shift:
+        return torch.zeros(k, dtype=torch.float64)
+    basis = np.linalg.qr(_largest_eigenvectors(_shifted(tall.T @ tall, shift), k, tolerance, start, shift)).Q
     return scale * torch.linalg.svdvals(torch.from_numpy(tall @ basis))[:k]
 
 
-def _largest_eigenpairs(gram: "LinearOperator", k: int, tolerance: float) -> tuple[Any, Any]:
+def _largest_eigenvectors(shifted: "LinearOperator", k: int, tolerance: float, start: Any, shift: Any) -> Any:
+    """At least ``k``: one start vector reaches one copy of a multiple value, and further copies by rounding only."""
+    values, vectors = _lanczos(shifted, k, tolerance, start)
+    while k > 1:
+        value, vector = _lanczos(_deflated(shifted, values - shift, vectors), 1, tolerance, start)
+        if value[0] <= np.sort(values)[-k] * (1 + tolerance):
+            break
+        values, vectors = np.append(values, value), np.column_stack([vectors, vector])
+    return vectors
+
+
+def _lanczos(operator: "LinearOperator", k: int, tolerance: float, start: Any) -> tuple[Any, Any]:
     from scipy.sparse.linalg import eigsh
 
-    side = gram.shape[0]
     pairs: Any = eigsh(
-        gram,
+        operator,
         k=k,
-        v0=np.random.default_rng(0).standard_normal(side),
-        ncv=min(side, max(2 * k + 1, LANCZOS_VECTORS)),
+        v0=start,
+        ncv=min(len(start), max(2 * k + 1, LANCZOS_VECTORS)),
         tol=tolerance,  # pyright: ignore[reportArgumentType]  # inferred from the default, 0
     )
     return pairs
 
 
-def _deflated(gram: "LinearOperator", values: Any, vectors: Any) -> "LinearOperator":
-    """The same operator with zero on the eigenvectors that were found."""
+def _shifted(gram: "LinearOperator", shift: Any) -> "LinearOperator":
+    """Add ``shift`` to every eigenvalue: ARPACK fails where its vectors fall into the null space of a low rank."""
+    from scipy.sparse import eye_array
     from scipy.sparse.linalg import aslinearoperator
 
-    return gram - aslinearoperator(vectors * values) @ aslinearoperator(vectors.T)
+    return gram + aslinearoperator(shift * eye_array(gram.shape[0]))
+
+
+def _deflated(operator: "LinearOperator", values: Any, vectors: Any) -> "LinearOperator":
+    """The same operator with the eigenvalues that were found lowered by ``values``."""
+    from scipy.sparse.linalg import aslinearoperator
+
+    return operator - aslinearoperator(vectors * values) @ aslinearoperator(vectors.T)
 
 
 def _tap_energy(weight: Tensor) -> Tensor:

@@ -158,22 +158,45 @@ def test_lanczos_does_not_depend_on_the_scale(scale):
     assert_close(spectrum(scaled, (8, 8), 4), scale * fourier_spectrum(conv, (8, 8))[:4])
 
 
-@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
-def test_lanczos_finds_every_copy_of_a_multiple_value(padding_mode):
+def every_copy_of_a_multiple_value_is_found(padding_mode: str) -> None:
     """A kernel that does not reach across columns has every value once per column."""
     column = AffineConv(weight=randn(0, 16, 16, 3), padding=((1, 1),), padding_mode=padding_mode)
     conv = replace(column, weight=column.weight[..., None], stride=(1, 1), padding=((1, 1), (0, 0)), dilation=(1, 1))
     once = torch.linalg.svdvals(to_matrix(column, (5,), layout="dense")[:, :-1])
     assert_close(spectrum(conv, (5, 7), 10), once.repeat_interleave(7).sort(descending=True).values[:10])
-    assert_close(spectrum(AffineConv(weight=dirac(40, ()).weight), (4, 5), 6), torch.ones(6, dtype=torch.float64))
 
 
-def test_lanczos_finds_true_zeros():
-    rank_one = AffineConv(weight=(randn(0, 60, 1) * randn(1, 1, 60))[..., None], stride=(12,))
-    values = spectrum(rank_one, (109,), 12)
-    assert values[9] > 1
-    assert values[10:].max() <= 1e-12 * values[0]
-    assert not spectrum(AffineConv(weight=torch.zeros(40, 40, 1, 1)), (4, 4), 3).any()
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_lanczos_finds_every_copy_of_a_multiple_value(padding_mode):
+    every_copy_of_a_multiple_value_is_found(padding_mode)
+
+
+def test_lanczos_misses_copies_unless_it_searches_again(monkeypatch):
+    monkeypatch.setattr(spectra, "_deflated", lambda operator, values, vectors: 1e-9 * operator)
+    with pytest.raises(AssertionError):
+        every_copy_of_a_multiple_value_is_found("circular")
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+def test_lanczos_finds_true_zeros_where_the_rank_is_low(rank, k):
+    diagonal = torch.zeros(600, dtype=torch.float64)
+    diagonal[:rank] = 1
+    expected = (torch.arange(k) < rank).double()
+    assert (spectrum(AffineConv(weight=diagonal.diag()), (), k) - expected).abs().max() <= 1e-12
+    mixed = AffineConv(weight=(randn(0, 600, max(rank, 1)) @ randn(1, max(rank, 1), 600)))
+    assert_close(spectrum(mixed, (), k), torch.linalg.svdvals(mixed.weight)[:k])
+
+
+def test_an_operator_is_zero_where_all_taps_lie_in_the_padding():
+    conv = AffineConv(weight=randn(0, 600, 600, 1), padding=((2, 2),), stride=(3,))
+    assert not spectrum(conv, (1,), 3).any()
+    assert spectral_norm(conv, (1,)) == 0
+    assert effective_rank(conv, (1,)) == 0
+
+
+def test_lanczos_finds_the_equal_values_of_the_identity():
+    assert_close(spectrum(dirac(40, (3, 3), dtype=torch.float64), (4, 5), 6), torch.ones(6, dtype=torch.float64))
 
 
 def kronecker_conv(channels: int, decay: float) -> tuple[AffineConv, torch.Tensor]:

@@ -252,7 +252,7 @@ MUTANTS = {
         "_pixels_read",
         lambda conv, dim, side: pixels_read(replace(conv, padding=tuple((q, p) for p, q in conv.padding)), dim, side),
     ),
-    "every group reads the first channels": (
+    "the rows of a grouped kernel are those of the channel before": (
         "_axes",
         lambda conv, size: (
             axes(replace(conv, weight=conv.weight.roll(1, 0)), size) if conv.groups > 1 else axes(conv, size)
@@ -270,5 +270,5 @@ MUTANTS = {
 def test_a_law_notices_that(mistake, law, monkeypatch):
     monkeypatch.setattr(matrix, *MUTANTS[mistake])
     only_search = settings(max_examples=300, phases=[Phase.generate], report_multiple_bugs=False)
-    with pytest.raises((AssertionError, IndexError, RuntimeError)):
+    with pytest.raises(AssertionError):
         only_search(given(convs_with_input())(law))()
