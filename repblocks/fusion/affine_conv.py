@@ -16,7 +16,7 @@ from repblocks.fusion.geometry import Pair, flat_padding, insert_zeros, reach, s
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 PADDING_MODES: tuple[PaddingMode, ...] = ("zeros", "reflect", "replicate", "circular")
 ConvNd = nn.Conv1d | nn.Conv2d | nn.Conv3d
-Module = TypeVar("Module", bound=ConvNd | nn.Linear)
+Module = TypeVar("Module", bound=nn.Module)
 CONV_CLASSES: dict[int, type[ConvNd]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -209,7 +209,7 @@ class AffineConv:
         ``nn.Linear`` over ``[N, in_channels]``.
         """
         if not self.rank:
-            return _filled(*_to_linear_module(self), device, dtype)
+            return filled(*_to_linear_module(self), self.bias, device, dtype)
         even = _with_symmetric_padding(self)
         with torch.device("meta"):
             module = CONV_CLASSES[even.rank](
@@ -223,7 +223,7 @@ class AffineConv:
                 bias=even.bias is not None,
                 padding_mode=even.padding_mode,
             )
-        return _filled(module, even, device, dtype)
+        return filled(module, even.weight, even.bias, device, dtype)
 
 
 def unusual_geometry(conv: AffineConv) -> dict[str, Any]:
@@ -276,22 +276,30 @@ def grow(conv: AffineConv, margin: tuple[Pair, ...]) -> AffineConv:
     return replace(conv, weight=weight, padding=padding, dilation=dilation, padding_mode=mode)
 
 
-def _to_linear_module(conv: AffineConv) -> tuple[nn.Linear, AffineConv]:
+def _to_linear_module(conv: AffineConv) -> tuple[nn.Linear, Tensor]:
     blocks = conv.weight.chunk(conv.groups)
     dense: Tensor = torch.block_diag(*blocks)
     with torch.device("meta"):
         module = nn.Linear(conv.in_channels, conv.out_channels, bias=conv.bias is not None)
-    return module, replace(conv, weight=dense, groups=1)
+    return module, dense
 
 
-def _filled(module: Module, conv: AffineConv, device: torch.device | str | None, dtype: torch.dtype | None) -> Module:
+def filled(
+    module: Module,
+    weight: Tensor,
+    bias: Tensor | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> Module:
+    """A module made on the meta device, with contiguous copies of these tensors, each copied and cast in one pass."""
+
     def placed(tensor: Tensor) -> nn.Parameter:
         copied = tensor.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
         return nn.Parameter(copied)
 
-    module.weight = placed(conv.weight)
-    if conv.bias is not None:
-        module.bias = placed(conv.bias)
+    module.weight = placed(weight)
+    if bias is not None:
+        module.bias = placed(bias)
     return module
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from repblocks.errors import FoldError
-from repblocks.fusion.affine_conv import AffineConv, grow
+from repblocks.fusion.affine_conv import AffineConv, filled, grow
 from repblocks.fusion.faithful import is_faithful
 from repblocks.fusion.geometry import Pair, flat_padding, reach
 
@@ -184,11 +184,7 @@ class AffineConvTranspose:
                 even.bias is not None,
                 even.dilation,  # pyright: ignore[reportArgumentType]
             )
-        placed = even.to(device, dtype)
-        module.weight = nn.Parameter(placed.weight.detach().clone(memory_format=torch.contiguous_format))
-        if placed.bias is not None:
-            module.bias = nn.Parameter(placed.bias.detach().clone())
-        return module
+        return filled(module, even.weight, even.bias, device, dtype)
 
 
 AnyConv = AffineConv | AffineConvTranspose
