@@ -1,120 +1,203 @@
 """Other libraries' weights, renamed into ours and back."""
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from repblocks.blocks.base import Form
+from repblocks.blocks.base import Form, RepConv, deployed
 from repblocks.errors import CheckpointError, ConfigurationError
-from repblocks.models import RepVGG, create_model
+from repblocks.foreign import Names, ours_from_theirs, theirs_from_ours
+from repblocks.foreign.rules import require_two_way, share_matched, some
+from repblocks.models import create_model
+from repblocks.models.registry import FAMILIES
+from repblocks.models.staged import StagedNet
 
 OURS = "repblocks"
 
-# Their key and ours, in both forms; each "*" stands for the same text on both sides, and the first match counts.
-Rules = tuple[tuple[str, str], ...]
-
-RULES: dict[str, dict[type[nn.Module], Rules]] = {
-    "timm": {
-        RepVGG: (
-            ("*.conv_kxk.conv.*", "*.conv.branches.kxk.0.*"),
-            ("*.conv_kxk.bn.*", "*.conv.branches.kxk.1.*"),
-            ("*.conv_1x1.conv.*", "*.conv.branches.pointwise.0.*"),
-            ("*.conv_1x1.bn.*", "*.conv.branches.pointwise.1.*"),
-            ("*.identity.*", "*.conv.branches.identity.*"),
-            ("*.reparam_conv.*", "*.conv.conv.*"),
-            ("*.attn.*", "*.se.*"),
-            ("head.fc.*", "head.fc.*"),
-        ),
-    },
-}
+#: Part of the keys that one network's rules must know before its relatives are tried.
+_FAMILIAR = 0.5
 
 
 def convert(
-    state_dict: Mapping[str, Tensor], *, model: str, source: str = "timm", target: str = OURS, **model_args: Any
+    state_dict: Mapping[str, Tensor],
+    *,
+    model: str | None = None,
+    source: str | None = None,
+    target: str = OURS,
+    **model_args: Any,
 ) -> dict[str, Tensor]:
     """Rename another library's weights for our model, or ours for another library; the tensors are shared.
 
-    The form stays: weights of a training form give a training form, collapsed ones a deploy form.
+    The form stays: weights of a training form give a training form, collapsed ones a deploy form. Where a repository
+    leaves BatchNorms in its collapsed form, they are folded.
 
     Args:
         state_dict: Weights by name, as ``module.state_dict()`` gives them.
-        model: Our name of the model, such as ``rb_repvgg_a0``.
-        source: Where the names come from: ``timm``, or ``repblocks`` together with a ``target``.
+        model: Our name of the model, such as ``rb_repvgg_a0``; None to tell it by the weights.
+        source: Where the names come from: ``timm``, a repository (``repvgg``, ``mobileone``, ...), or ``repblocks``
+            together with a ``target``; None to tell it by the weights.
         target: Whose names to give: ``repblocks``, or another library's.
         model_args: What our model is built with where it is not the default, such as ``num_classes=10``.
 
     Raises:
-        ConfigurationError: An unknown model, source or target, or no rules for this model.
+        ConfigurationError: An unknown model, source or target, no rules for this model, or weights that fit several
+            models or sources, which the message lists.
         CheckpointError: Names that the rules do not know, missing weights, or shapes that are not the model's.
     """
-    rules = _rules(type(_skeleton(model, "train", model_args)), source, target)
-    if source == OURS:
-        _check(state_dict, model, model_args)
-        return _rename(state_dict, [(ours, theirs) for theirs, ours in rules], f"{model} of {OURS}")
-    renamed = _rename(state_dict, rules, f"{source}'s counterpart of {model}")
-    _check(renamed, model, model_args)
-    return renamed
+    if source is None and target != OURS:
+        source = OURS
+    if source == OURS and model is not None:
+        return _to_theirs(state_dict, model, target, model_args)
+    if model is None or source is None:
+        model, source = detect(state_dict, model=model, source=source, **model_args)
+    return _to_ours(state_dict, model, source, target, model_args)
 
 
-def _rules(family: type[nn.Module], source: str, target: str) -> Rules:
+def detect(
+    state_dict: Mapping[str, Tensor], *, model: str | None = None, source: str | None = None, **model_args: Any
+) -> tuple[str, str]:
+    """Our name of the model that weights belong to, and whose names they have.
+
+    Args:
+        state_dict: Weights by name.
+        model: Its name, where it is known.
+        source: Whose names, where that is known.
+        model_args: As of `convert`.
+
+    Raises:
+        ConfigurationError: They fit several; the message lists them.
+        CheckpointError: They fit none.
+    """
+    fits = list(_fits(state_dict, model, source, model_args))
+    if not fits:
+        known = ", ".join(sorted({name for family in FAMILIES.values() for name in family.foreign}))
+        raise CheckpointError(
+            f"{len(state_dict)} keys ({some(list(state_dict))}) are no weights of {model or 'any model here'} by the "
+            f"names of {source or known}; give the state dict itself (checkpoints often hold it under 'state_dict' or "
+            "'model'), and num_classes=... and in_chans=... where they are not the defaults"
+        )
+    if len({name for name, _ in fits}) > 1 or (len(fits) > 1 and not _agree(state_dict, fits, model_args)):
+        listed = " or ".join(f"model={name!r}, source={origin!r}" for name, origin in fits)
+        raise ConfigurationError(f"the weights fit several; say which: {listed}")
+    return fits[0]
+
+
+def _fits(
+    state_dict: Mapping[str, Tensor], model: str | None, source: str | None, model_args: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    for name in FAMILIES if model is None else [model]:
+        family = type(_skeleton(name, "train", {}))
+        for origin, names in family.foreign.items():
+            if source in (None, origin) and _is_familiar(state_dict, names, name):
+                try:
+                    _to_ours(state_dict, name, origin, OURS, model_args)
+                except CheckpointError:
+                    continue
+                yield name, origin
+
+
+def _is_familiar(state_dict: Mapping[str, Tensor], names: Names, model: str) -> bool:
+    return share_matched(list(state_dict), names.rules(_skeleton(model, "train", {}))) >= _FAMILIAR
+
+
+def _agree(state_dict: Mapping[str, Tensor], fits: list[tuple[str, str]], model_args: Mapping[str, Any]) -> bool:
+    """Whether several sources give the same weights, as repositories with the same names do."""
+    results = [_to_ours(state_dict, name, origin, OURS, model_args) for name, origin in fits]
+    return all(
+        result.keys() == results[0].keys() and all(torch.equal(result[key], results[0][key]) for key in result)
+        for result in results[1:]
+    )
+
+
+def _to_ours(
+    state_dict: Mapping[str, Tensor], model: str, source: str, target: str, model_args: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    network = _skeleton(model, "train", model_args)
+    rules = _names(network, source, target).rules(network)
+    renamed = ours_from_theirs(state_dict, rules, f"{source}'s counterpart of {model}")
+    form = _form(renamed)
+    expected = _skeleton(model, form, model_args).state_dict()
+    if renamed.keys() != expected.keys() and (completed := _completed(renamed, network)) is not None:
+        return completed
+    shaped = {key: _shaped(tensor, expected.get(key)) for key, tensor in renamed.items()}
+    _check(shaped, expected, f"{model} in {form} form with {dict(model_args)}")
+    return shaped
+
+
+def _to_theirs(
+    state_dict: Mapping[str, Tensor], model: str, target: str, model_args: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    network = _skeleton(model, "train", model_args)
+    names = _names(network, OURS, target)
+    require_two_way(names, target)
+    form = _form(state_dict)
+    expected = _skeleton(model, form, model_args).state_dict()
+    _check(state_dict, expected, f"{model} in {form} form with {dict(model_args)}")
+    return theirs_from_ours(state_dict, names.rules(network), f"{model} of {OURS}")
+
+
+def _names(network: StagedNet, source: str, target: str) -> Names:
     if (source == OURS) == (target == OURS):
         raise ConfigurationError(
             f"cannot convert from {source!r} to {target!r}: one of them, and only one, is {OURS!r}"
         )
-    other = target if source == OURS else source
-    if other not in RULES:
-        raise ConfigurationError(f"cannot convert from or to {other!r}; there are rules for {', '.join(RULES)}")
-    if family not in RULES[other]:
-        known = ", ".join(known.__name__ for known in RULES[other])
+    other, family = target if source == OURS else source, type(network)
+    everyone = sorted({name for known in FAMILIES.values() for name in known.foreign})
+    if other not in everyone:
+        raise ConfigurationError(f"cannot convert from or to {other!r}; there are rules for {', '.join(everyone)}")
+    if other not in family.foreign:
+        known = ", ".join(known.__name__ for known in FAMILIES.values() if other in known.foreign)
         raise ConfigurationError(f"there are no rules between {other} and {family.__name__}, only for {known}")
-    return RULES[other][family]
+    return family.foreign[other]
 
 
-def _rename(state_dict: Mapping[str, Tensor], rules: Iterable[tuple[str, str]], owner: str) -> dict[str, Tensor]:
-    patterns = [(re.compile(re.escape(old).replace(r"\*", "(.+)")), new.replace("*", "{}")) for old, new in rules]
-    names = {key: _renamed(key, patterns) for key in state_dict}
-    unknown = [key for key, name in names.items() if name is None]
-    if unknown:
-        raise CheckpointError(
-            f"{len(unknown)} of {len(state_dict)} keys are not keys of {owner}: {_some(unknown)}; give the state dict "
-            f"itself (checkpoints often hold it under 'state_dict' or 'model'), and the model that it belongs to"
-        )
-    return {name: state_dict[key] for key, name in names.items() if name is not None}
+def _form(weights: Mapping[str, Tensor]) -> Form:
+    return "train" if any(".branches." in key for key in weights) else "deploy"
 
 
-def _renamed(key: str, patterns: Iterable[tuple[re.Pattern[str], str]]) -> str | None:
-    for pattern, template in patterns:
-        if match := pattern.fullmatch(key):
-            return template.format(*match.groups())
-    return None
+def _completed(weights: Mapping[str, Tensor], network: StagedNet) -> dict[str, Tensor] | None:
+    """Weights of which some blocks are collapsed and others are not, with all of them collapsed."""
+    blocks = [(name, block) for name, block in network.named_modules() if isinstance(block, RepConv)]
+    for name, block in blocks:
+        if f"{name}.conv.weight" in weights:
+            block.eval().switch_to_deploy()
+    expected = network.state_dict()
+    shaped = {key: _shaped(tensor, expected.get(key)) for key, tensor in weights.items()}
+    if shaped.keys() != expected.keys() or any(shaped[key].shape != expected[key].shape for key in shaped):
+        return None
+    network.load_state_dict(shaped, assign=True)
+    return deployed(network).state_dict()
 
 
-def _check(state_dict: Mapping[str, Tensor], model: str, model_args: Mapping[str, Any]) -> None:
+def _shaped(tensor: Tensor, like: Tensor | None) -> Tensor:
+    """The tensor in the shape of another where they differ in dims of size 1 only, as linear layers and 1x1s do."""
+    if like is None or [n for n in tensor.shape if n > 1] != [n for n in like.shape if n > 1]:
+        return tensor
+    return tensor if tensor.shape == like.shape else tensor.reshape(like.shape)
+
+
+def _check(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
     """Raise unless the weights are exactly those of our model in one of its forms."""
-    form = "train" if any(".branches." in key for key in state_dict) else "deploy"
-    expected = _skeleton(model, form, model_args).state_dict()
-    problems = [f"{key} is missing" for key in expected if key not in state_dict]
-    problems += [f"{key} is unknown" for key in state_dict if key not in expected]
+    problems = [f"{key} is missing" for key in expected if key not in weights]
+    problems += [f"{key} is unknown" for key in weights if key not in expected]
     problems += [
-        f"{key} is {list(state_dict[key].shape)} instead of {list(tensor.shape)}"
+        f"{key} is {list(weights[key].shape)} instead of {list(tensor.shape)}"
         for key, tensor in expected.items()
-        if key in state_dict and state_dict[key].shape != tensor.shape
+        if key in weights and weights[key].shape != tensor.shape
     ]
     if problems:
         raise CheckpointError(
-            f"these are not the weights of {model} in {form} form with {dict(model_args)}: {_some(problems)}; name the "
-            f"model that they belong to, and the arguments it is built with, such as num_classes=10"
+            f"these are not the weights of {what}: {some(problems)}; name the model that they belong to, and the "
+            "arguments it is built with, such as num_classes=10"
         )
 
 
-def _skeleton(model: str, form: Form, model_args: Mapping[str, Any]) -> nn.Module:
+def _skeleton(model: str, form: Form, model_args: Mapping[str, Any]) -> StagedNet:
     """Names and shapes without memory for the weights."""
     with torch.device("meta"):
-        return create_model(model, form=form, **model_args)
-
-
-def _some(items: list[str]) -> str:
-    return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")
+        network = create_model(model, form=form, **model_args)
+    if not isinstance(network, StagedNet):
+        raise ConfigurationError(f"{model} is no model of the zoo; rb.list_models() gives their names")
+    return network

@@ -2,11 +2,25 @@
 
 from repblocks.blocks.acnet import ACConv
 from repblocks.blocks.base import BranchConv, RepBlock, RepConv, deployed, form_of, switch_to_deploy
-from repblocks.blocks.conv_bn import BNConv, ConvBN
+from repblocks.blocks.bn_conv import BNConv
+from repblocks.blocks.conv_bn import ConvBN
+from repblocks.blocks.dbb import DBBConv
+from repblocks.blocks.dilated import DilatedRepConv
+from repblocks.blocks.edge import EdgeConv
+from repblocks.blocks.expand import ExpandConv
+from repblocks.blocks.largekernel import LargeKernelConv
+from repblocks.blocks.mobileone import MobileOneConv
+from repblocks.blocks.norm_linear import NormLinear
+from repblocks.blocks.orepa import OREPAConv
+from repblocks.blocks.qarepvgg import QARepVGGConv
 from repblocks.blocks.registry import BLOCKS, register_block, resolve_block
+from repblocks.blocks.repghost import RepGhostModule
+from repblocks.blocks.repmixer import RepMixer
 from repblocks.blocks.repnext import RepNeXtBlock
 from repblocks.blocks.repunit import RepUnit
-from repblocks.blocks.repvgg import RepVGGBlock, RepVGGConv
+from repblocks.blocks.repvgg import RepVGGConv
+from repblocks.blocks.repvgg_block import RepVGGBlock
+from repblocks.blocks.repvit import RepViTConv
 
 __all__ = [
     "BLOCKS",
@@ -14,12 +28,24 @@ __all__ = [
     "BNConv",
     "BranchConv",
     "ConvBN",
+    "DBBConv",
+    "DilatedRepConv",
+    "EdgeConv",
+    "ExpandConv",
+    "LargeKernelConv",
+    "MobileOneConv",
+    "NormLinear",
+    "OREPAConv",
+    "QARepVGGConv",
     "RepBlock",
     "RepConv",
+    "RepGhostModule",
+    "RepMixer",
     "RepNeXtBlock",
     "RepUnit",
     "RepVGGBlock",
     "RepVGGConv",
+    "RepViTConv",
     "deployed",
     "form_of",
     "register_block",

@@ -5,9 +5,8 @@ from typing import Unpack
 from repblocks.blocks.base import RepConv
 from repblocks.blocks.branches import conv_bn
 from repblocks.blocks.registry import register_block
-from repblocks.blocks.spec import ConvSpec, Geometry
+from repblocks.blocks.spec import ConvSpec, Geometry, Pair
 from repblocks.fusion import Sum
-from repblocks.fusion.geometry import Pair
 
 
 @register_block("acb")

@@ -8,10 +8,9 @@ from torch import nn
 from repblocks.blocks.base import RepConv
 from repblocks.blocks.branches import conv, conv_bn
 from repblocks.blocks.registry import register_block
-from repblocks.blocks.spec import ConvSpec, Geometry
+from repblocks.blocks.spec import ConvSpec, Geometry, Pair
 from repblocks.errors import ConfigurationError
 from repblocks.fusion import SplitConcat, Sum
-from repblocks.fusion.geometry import Pair
 from repblocks.names import known_name
 
 
@@ -44,8 +43,7 @@ class RepUnit(RepConv):
     ) -> None:
         geometry.setdefault("groups", in_channels)
         spec = ConvSpec.of(in_channels, out_channels or in_channels, kernel_size, **geometry)
-        build = _MERGES[known_name("merge", merge, _MERGES)]
-        super().__init__(build(spec, kernel_sizes))
+        super().__init__(_MERGES[known_name("merge", merge, _MERGES)](spec, kernel_sizes))
 
 
 def _summed(spec: ConvSpec, kernel_sizes: Sequence[Pair] | None) -> nn.Module:
@@ -55,7 +53,7 @@ def _summed(spec: ConvSpec, kernel_sizes: Sequence[Pair] | None) -> nn.Module:
 
 
 def _split(spec: ConvSpec, kernel_sizes: Sequence[Pair] | None) -> nn.Module:
-    if not spec.groups == spec.in_channels == spec.out_channels:
+    if not spec.is_depthwise:
         raise ConfigurationError(f'{spec} is not depthwise; merge="split" needs groups == in_channels == out_channels')
     height, width = spec.kernel_size
     sizes = kernel_sizes or [(max(height - shrink, 1), max(width - shrink, 1)) for shrink in (0, 2, 4)]

@@ -82,22 +82,30 @@ class ConvSpec:
         )
         return whole and self.stride == (1, 1) and self.in_channels == self.out_channels
 
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each channel is convolved by itself."""
+        return self.groups == self.in_channels == self.out_channels
+
     def depthwise(self, channels: int) -> "ConvSpec":
         """The same geometry over some channels, one group each."""
         return replace(self, in_channels=channels, out_channels=channels, groups=channels)
 
-    def window(self, kernel_size: Pair) -> tuple[Pair, Pair]:
+    def window(self, kernel_size: Pair, dilation: Pair) -> tuple[Pair, Pair]:
         """The padding that centres another kernel in this one; negative where it starts inside the map."""
         top, left = (
-            _centred(p, d, old - new)
-            for p, d, old, new in zip(self.padding, self.dilation, self.kernel_size, kernel_size, strict=True)
+            _centred(p, d, d * (old - 1) - spacing * (new - 1))
+            for p, d, old, spacing, new in zip(
+                self.padding, self.dilation, self.kernel_size, dilation, kernel_size, strict=True
+            )
         )
         return top, left
 
 
 def _centred(padding: Pair, dilation: int, surplus: int) -> Pair:
-    before = surplus // 2
-    return padding[0] - dilation * before, padding[1] - dilation * (surplus - before)
+    """Half of the surplus cut off before, in whole steps of the dilation, and the rest after."""
+    before = surplus // (2 * dilation) * dilation
+    return padding[0] - before, padding[1] - (surplus - before)
 
 
 def _pair(size: int | Pair) -> Pair:

@@ -137,7 +137,12 @@ def _first_known(modules: Iterable[nn.Module]) -> int | None:
     return next((channels for channels in map(fold.channels_read, modules) if channels is not None), None)
 
 
-def _known_channels(module: nn.Module, in_channels: int | None) -> int:
+def known_channels(module: nn.Module, in_channels: int | None) -> int:
+    """The channels of a module's input, which the module itself does not tell.
+
+    Raises:
+        FoldError: Nobody tells them.
+    """
     if in_channels is None:
         raise FoldError(f"{module!r} does not tell its channels; call fold(module, in_channels=...)")
     return in_channels
@@ -157,12 +162,12 @@ def _fold_batch_norm(module: _BatchNorm, in_channels: int | None) -> AffineConv:
 
 @fold.register(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 def _fold_pool(module: AvgPoolNd, in_channels: int | None) -> AffineConv:
-    return constructors.from_pool(module, _known_channels(module, in_channels), dtype=torch.float64)
+    return constructors.from_pool(module, known_channels(module, in_channels), dtype=torch.float64)
 
 
 @fold.register(nn.Identity)
 def _fold_identity(module: nn.Module, in_channels: int | None) -> AffineConv:
-    return constructors.identity(_known_channels(module, in_channels), dtype=torch.float64)
+    return constructors.identity(known_channels(module, in_channels), dtype=torch.float64)
 
 
 @fold.register(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)

@@ -6,6 +6,7 @@ timm overwrites on a name clash and owns names such as ``repvgg_a0``, so the zoo
 import json
 import sys
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import timm
@@ -15,6 +16,7 @@ from torch import nn
 
 from repblocks.blocks.base import Form, form_of, switch_to_deploy
 from repblocks.errors import ConfigurationError
+from repblocks.models.published import build_pretrained, published_weights
 from repblocks.models.staged import StagedNet
 from repblocks.names import known_name
 
@@ -39,6 +41,9 @@ CIFAR: dict[str, Any] = {
     "std": (0.2470, 0.2435, 0.2616),
 }
 
+#: The class of every name of the zoo.
+FAMILIES: dict[str, type[StagedNet]] = {}
+
 # What says where weights and preprocessing come from, not what the network is.
 _NOT_ARCHITECTURE = frozenset(
     {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "checkpoint_path", "scriptable", "exportable", "no_jit"}
@@ -53,12 +58,13 @@ def create_model(name: str, *, form: Form = "train", pretrained: bool = False, *
     Args:
         name: A registered name; ``list_models()`` gives the zoo's.
         form: ``deploy`` gives the collapsed architecture, for models that are made of ``RepBlock``s.
-        pretrained: Load the weights published under that name.
+        pretrained: Load the weights that timm publishes under that name, or under ours without its prefix.
         kwargs: The model's arguments, such as ``num_classes`` and ``in_chans``, or timm's, such as ``features_only``.
 
     Raises:
         ConfigurationError: An unknown name, tag, form or block, a deploy form of a model that has none, or an argument
             that cannot be written to a checkpoint.
+        CheckpointError: Published weights that could not be fetched or do not fit.
     """
     if ":" not in name and not timm.is_model(name):
         known_name("model", name, timm.list_models())
@@ -93,8 +99,16 @@ def list_models(pattern: str = "rb_*", **filters: Any) -> list[str]:
 
 
 def configs(names: Iterable[str], common: Mapping[str, Any], **special: Mapping[str, Any]) -> dict[str, DefaultCfg]:
-    """The ``default_cfgs`` of a family: ImageNet's, with what is ``common`` to it and ``special`` to one name."""
-    return generate_default_cfgs({name: {**IMAGENET, **common, **special.get(name, {})} for name in names})
+    """The ``default_cfgs`` of a family: ImageNet's, with what is ``common`` to it and ``special`` to one name.
+
+    A name that timm has too, but for the prefix, gets one entry for each of the weights that timm publishes.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    for name in names:
+        for tag, published in published_weights(name).items() or [("", {})]:
+            key = f"{name}.{tag}" if tag else name
+            entries[key] = {**IMAGENET, **published, **common, **special.get(name, {})}
+    return generate_default_cfgs(entries)
 
 
 def register(name: str, family: type[StagedNet], architecture: Mapping[str, Any]) -> None:
@@ -104,19 +118,16 @@ def register(name: str, family: type[StagedNet], architecture: Mapping[str, Any]
     """
 
     def entrypoint(*, pretrained: bool = False, form: Form = "train", **kwargs: Any) -> nn.Module:
-        if pretrained and not (kwargs.get("pretrained_cfg") or kwargs.get("pretrained_cfg_overlay")):
-            raise ConfigurationError(
-                f"no weights are published under {name}; build it with pretrained=False and load weights that "
-                f"repblocks.convert has mapped, for example timm's"
-            )
         settings = {**architecture, **kwargs}
         features = 1 + sum(stride > 1 for stride in settings["strides"])
         feature_cfg = {"flatten_sequential": True, "out_indices": tuple(range(features))}
-        model = build_model_with_cfg(family, name, pretrained, feature_cfg=feature_cfg, **settings)
+        build = partial(build_model_with_cfg, family, name, feature_cfg=feature_cfg, **settings)
+        model = build_pretrained(build, name, kwargs) if pretrained else build(pretrained=False)
         return _in_form(_remember(model, name, kwargs), form)
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__module__ = family.__module__
+    FAMILIES[name] = family
     # register_model adds the name to the module's __all__.
     setattr(sys.modules[family.__module__], name, register_model(entrypoint))
 

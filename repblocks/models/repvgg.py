@@ -3,40 +3,15 @@
 Source: Ding et al. 2021, "RepVGG: Making VGG-style ConvNets Great Again", https://arxiv.org/abs/2101.03697, table 2.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from timm.layers import DropPath  # pyright: ignore[reportPrivateImportUsage]
-from torch import Tensor, nn
-
 from repblocks.blocks import RepVGGBlock
-from repblocks.errors import ConfigurationError
-from repblocks.fusion import Sum
+from repblocks.foreign.repvgg import NAMES
+from repblocks.models.layers import SqueezeExcite, drop_beside_identity
 from repblocks.models.registry import CIFAR, configs, register
 from repblocks.models.staged import Stage, StagedNet, StagePlan, plan_stages
-
-
-class SqueezeExcite(nn.Module):
-    """Weigh the channels by a gate of their means: ``x * sigmoid(fc2(relu(fc1(mean(x)))))``.
-
-    Args:
-        channels: Channels of ``x``.
-        ratio: Width between the two layers relative to ``channels``.
-
-    Source: Hu et al. 2018, "Squeeze-and-Excitation Networks", https://arxiv.org/abs/1709.01507.
-    """
-
-    def __init__(self, channels: int, *, ratio: float) -> None:
-        super().__init__()
-        hidden = max(1, int(channels * ratio + 0.5))
-        self.fc1 = nn.Conv2d(channels, hidden, 1)
-        self.fc2 = nn.Conv2d(hidden, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Gate ``[N, C, H, W]`` channel by channel."""
-        hidden = self.fc1(x.mean((2, 3), keepdim=True)).relu()
-        return x * self.fc2(hidden).sigmoid()
 
 
 class RepVGG(StagedNet):
@@ -63,6 +38,8 @@ class RepVGG(StagedNet):
         ConfigurationError: An unknown ``block``, an ``output_stride`` that is not supported, or stochastic depth of
             blocks without an identity branch.
     """
+
+    foreign = NAMES
 
     def __init__(
         self,
@@ -94,7 +71,7 @@ class RepVGG(StagedNet):
         se_layer = partial(SqueezeExcite, ratio=se_ratio) if se_ratio else None
         make_block = partial(RepVGGBlock, block=block, se_layer=se_layer)
         super().__init__(
-            make_block(in_chans, stem_width, stride=stem_stride),
+            make_block(in_chans, stem_width, stride=stem_stride, groups=1),
             [_stage(plan, make_block, groups) for plan in plans],
             plans=plans,
             stem_stride=stem_stride,
@@ -105,7 +82,7 @@ class RepVGG(StagedNet):
         )
         if drop_path_rate:
             rates = [rate for plan in plans for rate in plan.drop_paths]
-            _drop_beside_identity((block for stage in self.stages for block in stage.children()), rates)
+            drop_beside_identity((block for stage in self.stages for block in stage.children()), rates)
 
 
 def _stage(plan: StagePlan, make_block: partial[RepVGGBlock], groups: int) -> Stage:
@@ -115,25 +92,6 @@ def _stage(plan: StagePlan, make_block: partial[RepVGGBlock], groups: int) -> St
             for i, (channels, stride, dilation) in enumerate(plan.layers())
         )
     )
-
-
-def _drop_beside_identity(blocks: Iterable[nn.Module], rates: Iterable[float]) -> None:
-    """Drop convolution branches at random, in the blocks where an identity branch remains."""
-    sums = [(block.get_submodule("conv.branches"), rate) for block, rate in zip(blocks, rates, strict=True)]
-    shielded = [(list(branches.children()), rate) for branches, rate in sums if _has_identity(branches)]
-    if not shielded:
-        raise ConfigurationError(
-            "no block has an identity branch beside which its convolutions could be dropped; "
-            "use drop_path_rate=0, or a block that has one, such as block='repvgg'"
-        )
-    for branches, rate in shielded:
-        for branch in branches:
-            if isinstance(branch, nn.Sequential):
-                branch.append(DropPath(rate))
-
-
-def _has_identity(branches: nn.Module) -> bool:
-    return isinstance(branches, Sum) and any(isinstance(branch, nn.BatchNorm2d) for branch in branches.children())
 
 
 _IMAGENET = {"strides": (2, 2, 2, 2), "stem_stride": 2}

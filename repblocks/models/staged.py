@@ -3,11 +3,11 @@
 ``StagedNet`` keeps timm's contract for a classifier, so a family only builds its stem and its stages.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.layers import SelectAdaptivePool2d  # pyright: ignore[reportPrivateImportUsage]
 from timm.layers._fx import register_notrace_module
@@ -15,8 +15,9 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from repblocks.blocks import RepBlock
+from repblocks.blocks import RepBlock, form_of, switch_to_deploy
 from repblocks.errors import ConfigurationError
+from repblocks.foreign import Names
 
 OUTPUT_STRIDES = (8, 16, 32)
 
@@ -129,47 +130,89 @@ class Stage(nn.Sequential):
         return input
 
 
+def linear_classifier(in_features: int, num_classes: int) -> nn.Linear:
+    """A linear layer as the papers start it: truncated normal weights of standard deviation 0.02, zero biases."""
+    layer = nn.Linear(in_features, num_classes)
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class PooledHead(nn.Module):
-    """Global pooling, dropout, linear classifier: ``[N, C, H, W] -> [N, num_classes]``.
+    """Global pooling, a neck where there is one, dropout, classifier: ``[N, C, H, W] -> [N, num_classes]``.
 
     ``num_classes=0`` leaves out the classifier and ``pool_type=""`` the pooling, as in timm.
+
+    Args:
+        in_features: C.
+        num_classes: Outputs of the classifier; 0 for none.
+        pool_type: timm's pooling name.
+        drop_rate: Dropout before the classifier.
+        neck: Runs on the pooled map ``[N, C, 1, 1]``.
+        hidden_features: Channels that the neck gives.
+        make_classifier: Makes the classifier from its in and out features.
     """
 
     global_pool: SelectAdaptivePool2d
     fc: nn.Module
 
-    def __init__(self, in_features: int, num_classes: int, *, pool_type: str, drop_rate: float) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        pool_type: str,
+        drop_rate: float,
+        neck: nn.Module | None = None,
+        hidden_features: int | None = None,
+        make_classifier: Callable[[int, int], nn.Module] = linear_classifier,
+    ) -> None:
         super().__init__()
         self.in_features = in_features
+        self.hidden_features = hidden_features
         self.drop_rate = drop_rate
-        self.reset(num_classes, pool_type)
+        self.make_classifier = make_classifier
+        self.set_pooling(pool_type, neck)
+        self.neck = neck
+        self.set_classifier(num_classes)
 
     @property
     def num_features(self) -> int:
         """Width of what the classifier reads."""
-        return self.in_features * self.global_pool.feat_mult()
+        return self.hidden_features or self.in_features * self.global_pool.feat_mult()
 
-    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """Put in a new classifier and, unless it is None, another pooling."""
-        if pool_type is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
-        if num_classes == 0:
-            self.fc = nn.Identity()
-            return
-        self.fc = nn.Linear(self.num_features, num_classes)
-        nn.init.trunc_normal_(self.fc.weight, std=0.02)
-        nn.init.zeros_(self.fc.bias)
+    def set_pooling(self, pool_type: str, neck: nn.Module | None) -> None:
+        """Put in another pooling, in front of this neck.
+
+        Raises:
+            ConfigurationError: The pooling changes the number of channels, and the neck is made for them.
+        """
+        pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type) and neck is None)
+        if neck is not None and pool.feat_mult() != 1:
+            raise ConfigurationError(
+                f"global_pool={pool_type} widens the map, and this network's neck reads {self.in_features} channels; "
+                "use avg, max or avgmax"
+            )
+        self.global_pool = pool
+
+    def set_classifier(self, num_classes: int) -> None:
+        """Put in a new classifier."""
+        self.fc = self.make_classifier(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def forward(self, x: Tensor, *, pre_logits: bool = False) -> Tensor:
         """Logits, or the pooled features with ``pre_logits``."""
-        x = nn.functional.dropout(self.global_pool(x), self.drop_rate, self.training)
+        x = self.global_pool(x)
+        x = x if self.neck is None else self.neck(x)
+        x = x.flatten(1) if self.global_pool.pool_type else x
+        x = nn.functional.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.fc(x)
 
 
 class StagedNet(nn.Module):
     """Base of the zoo's networks: ``head(stages(stem(x)))`` with timm's model contract.
 
-    ``model_args`` are the arguments that build the model again, once the registry has filled them in.
+    ``model_args`` are the arguments that build the model again, once the registry has filled them in; ``foreign`` says
+    what other repositories call the family's weights.
 
     Args:
         stem: ``[N, in_chans, H, W] -> [N, C, H / s, W / s]``.
@@ -180,7 +223,10 @@ class StagedNet(nn.Module):
         in_chans: Channels of the image.
         global_pool: timm's pooling name (``avg``, ``max``, ``avgmax``, ``catavgmax``, or empty for none).
         drop_rate: Dropout before the classifier.
+        head: Further arguments of `PooledHead`.
     """
+
+    foreign: ClassVar[Mapping[str, Names]] = {}
 
     def __init__(
         self,
@@ -193,6 +239,7 @@ class StagedNet(nn.Module):
         in_chans: int,
         global_pool: str,
         drop_rate: float,
+        **head: Any,
     ) -> None:
         super().__init__()
         self.model_args: dict[str, Any] = {}
@@ -203,7 +250,7 @@ class StagedNet(nn.Module):
         self.feature_info = _feature_info(plans, stem_stride)
         self.stem = stem
         self.stages = nn.Sequential(*stages)
-        self.head = PooledHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        self.head = PooledHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **head)
 
     @property
     def head_hidden_size(self) -> int:
@@ -223,14 +270,22 @@ class StagedNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
-        """The linear layer that gives the logits."""
+        """The layer that gives the logits."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier (on the network's device and in its dtype) and, if given, the pooling."""
-        weight = next(self.stem.parameters())
+        """Replace the classifier (on the network's device, in its dtype and form) and, if given, the pooling.
+
+        Raises:
+            ConfigurationError: A pooling that does not fit the network's neck.
+        """
+        weight, form = next(self.stem.parameters()), form_of(self)
+        if global_pool is not None:
+            self.head.set_pooling(global_pool, self.head.neck)
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
+        self.head.set_classifier(num_classes)
+        if form == "deploy":
+            switch_to_deploy(self.head.fc.eval())
         self.model_args = {
             **self.model_args,
             "num_classes": num_classes,
@@ -288,6 +343,7 @@ class StagedNet(nn.Module):
         self.stages = self.stages[: self._stages_until(last)]
         self.num_features = self.head.in_features = self.feature_info[last]["num_chs"]
         if prune_head or last < len(self.feature_info) - 1:
+            self.head.neck = self.head.hidden_features = None
             self.reset_classifier(0, "")
         return chosen
 

@@ -6,7 +6,8 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 import repblocks as rb
-from repblocks.blocks.branches import AlignedConv2d, BorderedNorm, conv
+from repblocks.blocks.branches import conv
+from repblocks.blocks.layers import AlignedConv2d, BorderedNorm
 from repblocks.blocks.spec import ConvSpec
 
 

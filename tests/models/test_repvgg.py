@@ -9,7 +9,7 @@ from torch import nn
 from repblocks.blocks import RepVGGBlock, deployed
 from repblocks.errors import ConfigurationError
 from repblocks.models import create_model, list_models
-from repblocks.models.repvgg import SqueezeExcite
+from repblocks.models.layers import SqueezeExcite
 from repblocks.verification import verify
 
 # Parameters of training and deploy form, the same as timm's model without the prefix.
