@@ -4,12 +4,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from repblocks.blocks.base import Form, RepConv, deployed
+from repblocks.blocks.norm_linear import NormLinear
 from repblocks.errors import CheckpointError, ConfigurationError
 from repblocks.foreign import Names, ours_from_theirs, theirs_from_ours
-from repblocks.foreign.rules import require_two_way, share_matched, some
+from repblocks.foreign.rules import Rules, our_names, require_two_way, share_matched, some, their_names
 from repblocks.models import create_model
 from repblocks.models.registry import FAMILIES
 from repblocks.models.staged import StagedNet
@@ -88,7 +89,7 @@ def _fits(
     state_dict: Mapping[str, Tensor], model: str | None, source: str | None, model_args: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     for name in FAMILIES if model is None else [model]:
-        family = type(_skeleton(name, "train", {}))
+        family = FAMILIES.get(name) or type(_skeleton(name, "train", {}))
         for origin, names in family.foreign.items():
             if source in (None, origin) and _is_familiar(state_dict, names, name):
                 try:
@@ -99,30 +100,31 @@ def _fits(
 
 
 def _is_familiar(state_dict: Mapping[str, Tensor], names: Names, model: str) -> bool:
-    return share_matched(list(state_dict), names.rules(_skeleton(model, "train", {}))) >= _FAMILIAR
+    keys = list(state_dict)
+    return share_matched(keys, names.rules_for(_skeleton(model, "train", {}), keys)) >= _FAMILIAR
 
 
 def _agree(state_dict: Mapping[str, Tensor], fits: list[tuple[str, str]], model_args: Mapping[str, Any]) -> bool:
-    """Whether several sources give the same weights, as repositories with the same names do."""
-    results = [_to_ours(state_dict, name, origin, OURS, model_args) for name, origin in fits]
-    return all(
-        result.keys() == results[0].keys() and all(torch.equal(result[key], results[0][key]) for key in result)
-        for result in results[1:]
-    )
+    """Whether several sources rename a model's weights alike, as repositories with the same names do."""
+    network, keys = _skeleton(fits[0][0], "train", model_args), list(state_dict)
+    renamings = [our_names(keys, network.foreign[origin].rules_for(network, keys)) for _, origin in fits]
+    return all(renaming == renamings[0] for renaming in renamings)
 
 
 def _to_ours(
     state_dict: Mapping[str, Tensor], model: str, source: str, target: str, model_args: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     network = _skeleton(model, "train", model_args)
-    rules = _names(network, source, target).rules(network)
+    rules = _names(network, source, target).rules_for(network, list(state_dict))
     renamed = ours_from_theirs(state_dict, rules, f"{source}'s counterpart of {model}")
     form = _form(renamed)
     expected = _skeleton(model, form, model_args).state_dict()
-    if renamed.keys() != expected.keys() and (completed := _completed(renamed, network)) is not None:
-        return completed
+    if renamed.keys() != expected.keys():
+        completed = _completed(renamed, network, _described(model, "deploy", model_args))
+        if completed is not None:
+            return completed
     shaped = {key: _shaped(tensor, expected.get(key)) for key, tensor in renamed.items()}
-    _check(shaped, expected, f"{model} in {form} form with {dict(model_args)}")
+    _check(shaped, expected, _described(model, form, model_args))
     return shaped
 
 
@@ -134,8 +136,9 @@ def _to_theirs(
     require_two_way(names, target)
     form = _form(state_dict)
     expected = _skeleton(model, form, model_args).state_dict()
-    _check(state_dict, expected, f"{model} in {form} form with {dict(model_args)}")
-    return theirs_from_ours(state_dict, names.rules(network), f"{model} of {OURS}")
+    _check(state_dict, expected, _described(model, form, model_args))
+    rules = names.rules(network)
+    return theirs_from_ours(_with_norms(state_dict, network, rules, target), rules, f"{model} of {OURS}")
 
 
 def _names(network: StagedNet, source: str, target: str) -> Names:
@@ -157,18 +160,75 @@ def _form(weights: Mapping[str, Tensor]) -> Form:
     return "train" if any(".branches." in key for key in weights) else "deploy"
 
 
-def _completed(weights: Mapping[str, Tensor], network: StagedNet) -> dict[str, Tensor] | None:
-    """Weights of which some blocks are collapsed and others are not, with all of them collapsed."""
-    blocks = [(name, block) for name, block in network.named_modules() if isinstance(block, RepConv)]
+def _described(model: str, form: Form, model_args: Mapping[str, Any]) -> str:
+    return f"{model} in {form} form with {dict(model_args)}"
+
+
+def _completed(weights: Mapping[str, Tensor], network: StagedNet, what: str) -> dict[str, Tensor] | None:
+    """Weights of which some blocks are collapsed and others are not, with all of them collapsed.
+
+    None where they are not that.
+    """
+    blocks = [(name, block) for name, block in network.named_modules() if isinstance(block, RepConv | NormLinear)]
     for name, block in blocks:
-        if f"{name}.conv.weight" in weights:
+        if weights.keys() & {f"{name}.conv.weight", f"{name}.linear.weight"}:
             block.eval().switch_to_deploy()
     expected = network.state_dict()
     shaped = {key: _shaped(tensor, expected.get(key)) for key, tensor in weights.items()}
-    if shaped.keys() != expected.keys() or any(shaped[key].shape != expected[key].shape for key in shaped):
+    if shaped.keys() != expected.keys():
         return None
+    _check(shaped, expected, what)
     network.load_state_dict(shaped, assign=True)
     return deployed(network).state_dict()
+
+
+def _with_norms(weights: Mapping[str, Tensor], network: StagedNet, rules: Rules, target: str) -> Mapping[str, Tensor]:
+    """Weights in which collapsed blocks that their deploy form does not know are convolution and BatchNorm again."""
+    blocks = {f"{name}.conv.weight": (name, m) for name, m in network.named_modules() if isinstance(m, RepConv)}
+    unknown = [key for key, known in their_names([*blocks], rules).items() if known is None and key in weights]
+    opened = dict(weights)
+    for name, block in map(blocks.__getitem__, unknown):
+        parts = _conv_and_norm(block, opened.pop(f"{name}.conv.weight"), opened.pop(f"{name}.conv.bias", None))
+        if parts is None:
+            raise ConfigurationError(
+                f"the deploy form of {target} has no place for the collapsed {name}, which is more than a convolution "
+                f"with a BatchNorm behind it; convert the weights of the train form, and collapse them by {target}"
+            )
+        opened |= {f"{name}.{key}": tensor for key, tensor in parts.items()}
+    return opened
+
+
+def _conv_and_norm(block: RepConv, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor] | None:
+    """A collapsed block's weights in its train form, if that is a convolution with a BatchNorm behind it."""
+    path, chain = _innermost(block.branches, "branches")
+    children = dict(chain.named_children()) if isinstance(chain, nn.Sequential) else {}
+    match [*children.values()]:
+        case [nn.Conv2d(bias=None) as conv, nn.BatchNorm2d(affine=True, track_running_stats=True) as norm] if (
+            conv.weight.shape == weight.shape
+        ):
+            assert bias is not None  # every BatchNorm shifts
+            parts = ({"weight": weight}, _only_adding(bias, norm.eps))
+            pairs = zip(children, parts, strict=True)
+            return {f"{path}.{child}.{key}": tensor for child, part in pairs for key, tensor in part.items()}
+        case _:
+            return None
+
+
+def _innermost(module: nn.Module, path: str) -> tuple[str, nn.Module]:
+    """Where it is, and the first module inside that has not just one child."""
+    children = list(module.named_children())
+    return _innermost(children[0][1], f"{path}.{children[0][0]}") if len(children) == 1 else (path, module)
+
+
+def _only_adding(bias: Tensor, eps: float) -> dict[str, Tensor]:
+    """A BatchNorm that adds a bias and does nothing else: ``(1 - eps) + eps`` is rounded to 1."""
+    return {
+        "weight": torch.ones_like(bias),
+        "bias": bias,
+        "running_mean": torch.zeros_like(bias),
+        "running_var": torch.ones_like(bias) - eps,
+        "num_batches_tracked": torch.zeros((), dtype=torch.long, device=bias.device),
+    }
 
 
 def _shaped(tensor: Tensor, like: Tensor | None) -> Tensor:

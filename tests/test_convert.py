@@ -5,9 +5,10 @@ from support import calibrate
 from timm.models import reparameterize_model
 
 from repblocks.blocks.base import form_of
-from repblocks.convert import convert
+from repblocks.convert import convert, detect
 from repblocks.errors import CheckpointError, ConfigurationError
-from repblocks.models import create_model
+from repblocks.foreign import Names
+from repblocks.models import RepNeXt, RepVGG, create_model
 from repblocks.verification import verify
 
 
@@ -114,3 +115,30 @@ def test_our_own_weights_are_checked_before_they_leave(timms):
 def test_conversions_without_rules_are_refused(options, message):
     with pytest.raises(ConfigurationError, match=message):
         convert({}, **{"model": "rb_repvgg_a0", **options})
+
+
+def test_sources_that_rename_the_weights_alike_are_not_ambiguous(timms):
+    """The collapsed blocks of RepVGG and of QARepVGG have the same names in their repositories."""
+    options = {"model": "rb_repvgg_a0", "num_classes": 7}
+    ours = convert(timms[1].state_dict(), source="timm", **options)
+    official = convert(ours, target="repvgg", **options)
+    assert official.keys() == convert(ours, target="qarepvgg", **options).keys()
+    assert detect(official, **options) == ("rb_repvgg_a0", "repvgg")
+    assert all(tensor is ours[key] for key, tensor in convert(official, **options).items())
+
+
+def test_collapsed_blocks_without_a_name_elsewhere_are_refused_unless_a_norm_alone_was_folded(monkeypatch):
+    without_collapsed = tuple(rule for rule in RepVGG.foreign["timm"].rules(None) if "reparam" not in rule[0])
+    monkeypatch.setitem(RepVGG.foreign, "elsewhere", Names(rules=lambda network: without_collapsed))
+    with torch.device("meta"):
+        ours = create_model("rb_repvgg_a0", form="deploy").state_dict()
+    with pytest.raises(ConfigurationError, match=r"no place for the collapsed stem.conv, .* weights of the train form"):
+        convert(ours, model="rb_repvgg_a0", target="elsewhere")
+
+
+def test_a_norm_in_front_of_its_convolution_is_not_taken_out_again(monkeypatch):
+    monkeypatch.setitem(RepNeXt.foreign, "elsewhere", Names(rules=lambda network: (("head.*", "head.*"),)))
+    with torch.device("meta"):
+        ours = create_model("rb_repnext_cifar", form="deploy").state_dict()
+    with pytest.raises(ConfigurationError, match=r"no place for the collapsed stages.0.downsample, "):
+        convert(ours, model="rb_repnext_cifar", target="elsewhere")

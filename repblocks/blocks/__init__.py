@@ -13,10 +13,12 @@ from repblocks.blocks.mobileone import MobileOneConv
 from repblocks.blocks.norm_linear import NormLinear
 from repblocks.blocks.orepa import OREPAConv
 from repblocks.blocks.qarepvgg import QARepVGGConv
-from repblocks.blocks.registry import BLOCKS, register_block, resolve_block
+from repblocks.blocks.registry import BLOCKS, options_of, register_block, resolve_block
 from repblocks.blocks.repghost import RepGhostModule
 from repblocks.blocks.repmixer import RepMixer
 from repblocks.blocks.repnext import RepNeXtBlock
+from repblocks.blocks.repnextm import RepNeXtMConv
+from repblocks.blocks.repnextm_small import RepNeXtMSmallConv
 from repblocks.blocks.repunit import RepUnit
 from repblocks.blocks.repvgg import RepVGGConv
 from repblocks.blocks.repvgg_block import RepVGGBlock
@@ -42,12 +44,15 @@ __all__ = [
     "RepGhostModule",
     "RepMixer",
     "RepNeXtBlock",
+    "RepNeXtMConv",
+    "RepNeXtMSmallConv",
     "RepUnit",
     "RepVGGBlock",
     "RepVGGConv",
     "RepViTConv",
     "deployed",
     "form_of",
+    "options_of",
     "register_block",
     "resolve_block",
     "switch_to_deploy",

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import prod
+from itertools import zip_longest
 
 import torch
 from timm.layers import LayerScale2d  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
 
-from repblocks.blocks.layers import AlignedConv2d, BorderedNorm, FixedConv2d
-from repblocks.blocks.spec import ConvSpec
+from repblocks.blocks.layers import AlignedConv2d, BorderedNorm
+from repblocks.blocks.spec import NO_PADDING, ConvSpec
 from repblocks.fusion.geometry import Pair
 
 
@@ -35,9 +35,23 @@ def conv(
     )
 
 
-def conv_bn(spec: ConvSpec, kernel_size: Pair | None = None, *, dilation: Pair | None = None) -> nn.Sequential:
+def conv_bn(
+    spec: ConvSpec, kernel_size: Pair | None = None, *, dilation: Pair | None = None, eps: float = 1e-5
+) -> nn.Sequential:
     """`conv` without bias, then BatchNorm."""
-    return nn.Sequential(conv(spec, kernel_size, dilation=dilation), nn.BatchNorm2d(spec.out_channels))
+    return nn.Sequential(conv(spec, kernel_size, dilation=dilation), nn.BatchNorm2d(spec.out_channels, eps))
+
+
+def serial(spec: ConvSpec, kernel_size: Pair) -> nn.Sequential:
+    """A row kernel, then a column kernel, without biases: one kernel of this size of rank 1, centred in the block's.
+
+    The first one pads for both, so that they fold in every padding mode.
+    """
+    (height, width), (down, right) = kernel_size, spec.stride
+    window = spec.window(kernel_size, spec.dilation)
+    row = replace(spec, kernel_size=(1, width), stride=(1, right), padding=window)
+    column = replace(row, in_channels=spec.out_channels, kernel_size=(height, 1), stride=(down, 1), padding=NO_PADDING)
+    return nn.Sequential(conv(row), conv(column))
 
 
 def pointwise(spec: ConvSpec, out_channels: int) -> nn.Conv2d:
@@ -59,13 +73,8 @@ def after_norm(spec: ConvSpec, make: Callable[[ConvSpec], nn.Module]) -> nn.Sequ
 
     Zero padding becomes the norm's own image of zero around its output; the other modes repeat normalised pixels.
     """
-    outside, inside = (spec.padding, _NONE) if spec.padding_mode == "zeros" else (_NONE, spec.padding)
+    outside, inside = (spec.padding, NO_PADDING) if spec.padding_mode == "zeros" else (NO_PADDING, spec.padding)
     return nn.Sequential(BorderedNorm(spec.in_channels, outside), make(replace(spec, padding=inside)))
-
-
-def average(spec: ConvSpec) -> nn.Conv2d:
-    """The mean over the block's window, for each channel by itself."""
-    return FixedConv2d(spec.depthwise(spec.out_channels), torch.full(spec.kernel_size, 1 / prod(spec.kernel_size)))
 
 
 def scaled(branch: nn.Module, channels: int, initial: float) -> nn.Sequential:
@@ -73,4 +82,19 @@ def scaled(branch: nn.Module, channels: int, initial: float) -> nn.Sequential:
     return nn.Sequential(branch, LayerScale2d(channels, initial))
 
 
-_NONE = ((0, 0), (0, 0))
+def kernel_chain(spec: ConvSpec, inner_channels: int) -> list[nn.Conv2d]:
+    """Convolutions of 3x3, and a last one of 2 for an even size, that reach as far as the block's kernel.
+
+    The first pads for all and the last strides, so that nothing stands between them but linear maps.
+    """
+    sizes = list(zip_longest(*map(_steps, spec.kernel_size), fillvalue=1))
+    widths = [spec.in_channels, *[inner_channels] * (len(sizes) - 1), spec.out_channels]
+    links = [replace(spec, kernel_size=size, padding=NO_PADDING, stride=(1, 1)) for size in sizes]
+    links[0] = replace(links[0], padding=spec.padding)
+    links[-1] = replace(links[-1], stride=spec.stride)
+    ends = zip(links, widths, widths[1:], strict=False)
+    return [conv(replace(link, in_channels=reads, out_channels=writes)) for link, reads, writes in ends]
+
+
+def _steps(size: int) -> list[int]:
+    return [3] * ((size - 1) // 2) + [2] * ((size - 1) % 2) or [1]

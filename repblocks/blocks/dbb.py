@@ -6,7 +6,8 @@ from typing import Unpack
 from torch import nn
 
 from repblocks.blocks.base import RepConv
-from repblocks.blocks.branches import after_norm, average, conv, conv_bn, identity_pointwise, pointwise
+from repblocks.blocks.branches import after_norm, conv, conv_bn, identity_pointwise, pointwise
+from repblocks.blocks.layers import AlignedAvgPool2d
 from repblocks.blocks.registry import register_block
 from repblocks.blocks.spec import ConvSpec, Geometry, Pair
 from repblocks.fusion import Sum
@@ -36,10 +37,12 @@ class DBBConv(RepConv):
         branches: dict[str, nn.Module] = {
             "kxk": conv_bn(spec),
             "pointwise_kxk": nn.Sequential(first, *after_norm(inner, conv), nn.BatchNorm2d(out_channels)),
-            "average": nn.Sequential(average(spec), norm),
+            "average": nn.Sequential(AlignedAvgPool2d(spec), norm),
         }
         if not single:
             before = pointwise(spec, out_channels)
-            branches["average"] = nn.Sequential(before, *after_norm(spec.depthwise(out_channels), average), norm)
+            branches["average"] = nn.Sequential(
+                before, *after_norm(spec.depthwise(out_channels), AlignedAvgPool2d), norm
+            )
             branches["pointwise"] = conv_bn(spec, (1, 1))
         super().__init__(Sum(branches))

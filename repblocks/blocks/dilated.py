@@ -10,7 +10,6 @@ from repblocks.blocks.spec import ConvSpec, Geometry, Pair
 from repblocks.errors import ConfigurationError
 from repblocks.fusion import Sum
 
-# Size and dilation of the small kernels inside each square one, as published.
 _PUBLISHED: dict[Pair, tuple[Pair, ...]] = {
     (17, 17): ((5, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
     (15, 15): ((5, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
@@ -29,8 +28,7 @@ class DilatedRepConv(RepConv):
     Args:
         in_channels, out_channels, kernel_size, geometry: As in ``nn.Conv2d``; ``padding=None`` keeps the grid;
             ``groups`` is ``in_channels`` by default.
-        small: Size and dilation of each small kernel; by default the published ones, and for other kernel sizes
-            3x3 with every dilation that fits.
+        small: Size and dilation of each small kernel; by default the published ones, or 3x3 with all that fit.
 
     Raises:
         ConfigurationError: A small kernel reaches beyond the large one.
@@ -50,8 +48,8 @@ class DilatedRepConv(RepConv):
         geometry.setdefault("groups", in_channels)
         spec = ConvSpec.of(in_channels, out_channels or in_channels, kernel_size, **geometry)
         room = min(spec.kernel_size) - 1
-        kernels = _PUBLISHED.get(spec.kernel_size, tuple((3, d + 1) for d in range(room // 2)))
-        kernels = kernels if small is None else small
+        fitting = tuple((3, dilation + 1) for dilation in range(room // 2))
+        kernels = _PUBLISHED.get(spec.kernel_size, fitting) if small is None else small
         if any(dilation * (size - 1) > room for size, dilation in kernels):
             raise ConfigurationError(f"small={kernels}: dilation * (size - 1) must be at most {room} inside {spec}")
         branches = {"large": conv_bn(spec)}

@@ -1,13 +1,12 @@
 """ExpandNets: a convolution over-parameterized as a chain of linear ones."""
 
 from dataclasses import replace
-from itertools import zip_longest
 from typing import Literal, Unpack
 
 from torch import nn
 
 from repblocks.blocks.base import RepConv
-from repblocks.blocks.branches import conv, pointwise
+from repblocks.blocks.branches import conv, kernel_chain, pointwise
 from repblocks.blocks.registry import register_block
 from repblocks.blocks.spec import ConvSpec, Geometry, Pair
 from repblocks.names import known_name
@@ -39,30 +38,9 @@ class ExpandConv(RepConv):
         **geometry: Unpack[Geometry],
     ) -> None:
         spec = ConvSpec.of(in_channels, out_channels, kernel_size, **geometry)
-        links = _CHAINS[known_name("chain", chain, _CHAINS)](spec, expansion)
+        known_name("chain", chain, ("pointwise", "kernels"))
+        wide = replace(spec, in_channels=expansion * in_channels, out_channels=expansion * out_channels)
+        after = replace(spec, in_channels=wide.out_channels)
+        links = [pointwise(spec, wide.in_channels), conv(wide), pointwise(after, out_channels)]
+        links = links if chain == "pointwise" else kernel_chain(spec, wide.in_channels)
         super().__init__(nn.Sequential(*links, nn.BatchNorm2d(out_channels)))
-
-
-def _with_pointwise(spec: ConvSpec, expansion: int) -> list[nn.Conv2d]:
-    wide = replace(spec, in_channels=expansion * spec.in_channels, out_channels=expansion * spec.out_channels)
-    after = replace(spec, in_channels=wide.out_channels)
-    return [pointwise(spec, wide.in_channels), conv(wide), pointwise(after, spec.out_channels)]
-
-
-def _of_kernels(spec: ConvSpec, expansion: int) -> list[nn.Conv2d]:
-    pairs = zip_longest(*map(_steps, spec.kernel_size), fillvalue=1)
-    sizes: list[Pair] = [(height, width) for height, width in pairs]
-    wide, last, links = expansion * spec.in_channels, len(sizes) - 1, []
-    for i, size in enumerate(sizes):
-        link = replace(spec, kernel_size=size, in_channels=wide if i else spec.in_channels)
-        link = replace(link, padding=((0, 0), (0, 0))) if i else link
-        links.append(conv(link if i == last else replace(link, out_channels=wide, stride=(1, 1))))
-    return links
-
-
-def _steps(size: int) -> list[int]:
-    """Kernels of 3, and a last one of 2 for an even size, that reach as far as one of this size."""
-    return [3] * ((size - 1) // 2) + [2] * ((size - 1) % 2) or [1]
-
-
-_CHAINS = {"pointwise": _with_pointwise, "kernels": _of_kernels}

@@ -1,6 +1,7 @@
 """Layers that torch lacks, each with its rule of folding: aligned, fixed and online convolutions, bordered norms."""
 
 from dataclasses import replace
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +11,16 @@ from torchvision.ops import StochasticDepth
 
 from repblocks.blocks.spec import ConvSpec
 from repblocks.errors import FoldError
-from repblocks.fusion import AffineConv, fold, from_batch_norm, identity, scale
-from repblocks.fusion.affine_conv import grow
-from repblocks.fusion.constructors import normalisation
+from repblocks.fusion import AffineConv, constructors, fold, from_batch_norm, identity, scale
+from repblocks.fusion.affine_conv import PaddingMode, grow
 from repblocks.fusion.fold import known_channels
 from repblocks.fusion.geometry import Pair, flat_padding
+
+
+def _padded(x: Tensor, padding: tuple[Pair, Pair], mode: PaddingMode) -> Tensor:
+    if not any(map(any, padding)):
+        return x
+    return F.pad(x, flat_padding(padding), "constant" if mode == "zeros" else mode)
 
 
 class AlignedConv2d(nn.Conv2d):
@@ -45,7 +51,7 @@ class AlignedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:  # nn.Conv2d's name
         """Pad, crop, and convolve."""
-        x = self._crop(self._pad(input))
+        x = self._crop(_padded(input, self.margin, self.spec.padding_mode))
         stride = self.stride
         if self.kernel_size == (1, 1):
             x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
@@ -56,12 +62,6 @@ class AlignedConv2d(nn.Conv2d):
         """The padding of the window, without what it crops."""
         (top, bottom), (left, right) = self.window
         return (max(top, 0), max(bottom, 0)), (max(left, 0), max(right, 0))
-
-    def _pad(self, x: Tensor) -> Tensor:
-        if not any(map(any, self.margin)):
-            return x
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, flat_padding(self.margin), mode)
 
     def _crop(self, x: Tensor) -> Tensor:
         cut = [min(side, 0) for side in flat_padding(self.window)]
@@ -104,6 +104,38 @@ class FixedConv2d(AlignedConv2d):
         self.register_buffer("weight", kernel.clone())
 
 
+class AlignedAvgPool2d(nn.Module):
+    """The mean over a block's window, with its padding, mode of padding and dilation; padding counts.
+
+    Args:
+        spec: The geometry of the block.
+    """
+
+    def __init__(self, spec: ConvSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` to ``[N, C, H', W']``."""
+        x, size = _padded(x, self.spec.padding, self.spec.padding_mode), self.spec.kernel_size
+        if self.spec.dilation == (1, 1):
+            return F.avg_pool2d(x, size, self.spec.stride)
+        kernel = x.new_full((x.shape[1], 1, *size), 1 / prod(size))
+        return F.conv2d(x, kernel, None, self.spec.stride, 0, self.spec.dilation, x.shape[1])
+
+    def extra_repr(self) -> str:
+        """The window."""
+        return f"{self.spec.kernel_size}, stride={self.spec.stride}, padding={self.spec.padding}"
+
+
+@fold.register(AlignedAvgPool2d)
+def _fold_aligned_pool(module: AlignedAvgPool2d, in_channels: int | None) -> AffineConv:
+    spec = module.spec
+    mean = constructors.average(known_channels(module, in_channels), spec.kernel_size, dtype=torch.float64)
+    geometry = {"stride": spec.stride, "padding": spec.padding, "dilation": spec.dilation}
+    return replace(mean, **geometry, padding_mode=spec.padding_mode)
+
+
 class Constant(nn.Module):
     """The input times a number: -1 subtracts a branch in a sum of branches, 1 / n makes the sum of n a mean."""
 
@@ -118,6 +150,26 @@ class Constant(nn.Module):
     def extra_repr(self) -> str:
         """The number."""
         return f"{self.factor}"
+
+
+class Shift(nn.Module):
+    """A learned number for each channel, added to it; it starts at 0.
+
+    Args:
+        channels: Channels of the input.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shift ``[N, C, H, W]``."""
+        return x + self.bias[:, None, None]
+
+    def extra_repr(self) -> str:
+        """The channels."""
+        return f"{len(self.bias)}"
 
 
 class Squeezed(nn.Module):
@@ -171,7 +223,7 @@ class BorderedNorm(nn.Module):
             value = from_batch_norm(self.norm)
         else:
             variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-            value = normalisation(self.norm, mean, variance)
+            value = constructors.normalisation(self.norm, mean, variance)
         assert value.bias is not None
         return value.bias
 
@@ -184,6 +236,11 @@ def _fold_bordered_norm(module: BorderedNorm, in_channels: int | None) -> Affine
 @fold.register(Constant)
 def _fold_constant(module: Constant, in_channels: int | None) -> AffineConv:
     return scale(torch.full((known_channels(module, in_channels),), module.factor, dtype=torch.float64))
+
+
+@fold.register(Shift, reads=lambda layer: len(layer.bias))
+def _fold_shift(module: Shift, in_channels: int | None) -> AffineConv:
+    return replace(scale(torch.ones_like(module.bias)), bias=module.bias)
 
 
 @fold.register(Squeezed, reads=lambda squeezed: fold.channels_read(squeezed.branches))

@@ -1,7 +1,8 @@
 """Linear blocks by short name, for models, configs and whoever compares them."""
 
+import inspect
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from repblocks.blocks.base import RepConv
 from repblocks.errors import ConfigurationError
@@ -33,3 +34,13 @@ def resolve_block(name: str) -> Callable[..., RepConv]:
         ConfigurationError: No block has that name.
     """
     return BLOCKS[known_name("block", name, BLOCKS)]
+
+
+def options_of(name: str, **options: Any) -> dict[str, Any]:
+    """Those of the options that the block of a short name takes; what is said of branches it lacks is left out.
+
+    Raises:
+        ConfigurationError: No block has that name.
+    """
+    arguments = inspect.signature(resolve_block(name)).parameters
+    return {option: value for option, value in options.items() if option in arguments}

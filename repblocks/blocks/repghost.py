@@ -15,8 +15,10 @@ class RepGhostModule(RepBlock):
 
     Args:
         in_channels, out_channels: Of the module; the depthwise part works on ``out_channels``.
-        kernel_size: Of the depthwise part.
-        primary_kernel_size, geometry: Of the first convolution, as in ``nn.Conv2d``; ``padding=None`` keeps the grid.
+        kernel_size: Of the depthwise part, which keeps the grid.
+        primary_kernel_size: Of the first convolution.
+        geometry: Of the first convolution, as in ``nn.Conv2d``; ``padding=None`` keeps the grid. ``dilation`` and
+            ``padding_mode`` are the depthwise part's too.
         act_layer: Makes each of the two activations; None for none.
 
     Raises:
@@ -36,10 +38,16 @@ class RepGhostModule(RepBlock):
         **geometry: Unpack[Geometry],
     ) -> None:
         super().__init__()
-        depthwise = ConvSpec.of(out_channels, out_channels, kernel_size, groups=out_channels)
-        self.primary = BranchConv(
-            {"kxk": conv_bn(ConvSpec.of(in_channels, out_channels, primary_kernel_size, **geometry))}
+        primary = ConvSpec.of(in_channels, out_channels, primary_kernel_size, **geometry)
+        depthwise = ConvSpec.of(
+            out_channels,
+            out_channels,
+            kernel_size,
+            dilation=primary.dilation,
+            groups=out_channels,
+            padding_mode=primary.padding_mode,
         )
+        self.primary = BranchConv({"kxk": conv_bn(primary)})
         self.primary_act = None if act_layer is None else act_layer()
         self.cheap = BranchConv({"depthwise": conv_bn(depthwise), "identity": nn.BatchNorm2d(out_channels)})
         self.act = None if act_layer is None else act_layer()

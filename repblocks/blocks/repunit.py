@@ -1,4 +1,4 @@
-"""RepUnit: the depthwise unit of RepNeXt, several kernel shapes over one map."""
+"""RepUnit: the depthwise unit of RepNeXt."""
 
 from collections.abc import Sequence
 from typing import Literal, Unpack
@@ -21,9 +21,8 @@ class RepUnit(RepConv):
     Args:
         in_channels, out_channels, kernel_size, geometry: As in ``nn.Conv2d``; ``padding=None`` keeps the grid;
             ``groups`` is ``in_channels`` by default.
-        kernel_sizes: Shapes inside ``kernel_size``; by default k x k, 1 x (k-2), (k-4) x 1 for the sum, and squares of
-            k, k-2, k-4 for the split.
-        merge: "sum" adds the branches; "split" gives each its own part of the channels, with one BatchNorm at the end.
+        kernel_sizes: By default k x k, 1 x (k-2), (k-4) x 1 for the sum; squares of k, k-2, k-4 for the split.
+        merge: "sum" adds branches; "split" gives each its own part of the channels, with one BatchNorm at the end.
 
     Raises:
         ConfigurationError: ``merge="split"`` that is not depthwise, or has fewer channels than kernels.
@@ -43,25 +42,22 @@ class RepUnit(RepConv):
     ) -> None:
         geometry.setdefault("groups", in_channels)
         spec = ConvSpec.of(in_channels, out_channels or in_channels, kernel_size, **geometry)
-        super().__init__(_MERGES[known_name("merge", merge, _MERGES)](spec, kernel_sizes))
+        known_name("merge", merge, ("sum", "split"))
+        super().__init__((_split if merge == "split" else _summed)(spec, kernel_sizes))
 
 
 def _summed(spec: ConvSpec, kernel_sizes: Sequence[Pair] | None) -> nn.Module:
-    height, width = spec.kernel_size
-    sizes = kernel_sizes or ((height, width), (1, max(width - 2, 1)), (max(height - 4, 1), 1))
-    return Sum([conv_bn(spec, size) for size in sizes])
+    sizes = kernel_sizes or (spec.kernel_size, (1, spec.shrunk(2)[1]), (spec.shrunk(4)[0], 1))
+    return Sum([conv_bn(spec, size, eps=_EPS) for size in sizes])
 
 
 def _split(spec: ConvSpec, kernel_sizes: Sequence[Pair] | None) -> nn.Module:
-    if not spec.is_depthwise:
-        raise ConfigurationError(f'{spec} is not depthwise; merge="split" needs groups == in_channels == out_channels')
-    height, width = spec.kernel_size
-    sizes = kernel_sizes or [(max(height - shrink, 1), max(width - shrink, 1)) for shrink in (0, 2, 4)]
-    if spec.in_channels < len(sizes):
-        raise ConfigurationError(f'{spec.in_channels} channels do not split over {len(sizes)} kernels; use merge="sum"')
+    sizes = kernel_sizes or [spec.shrunk(by) for by in (0, 2, 4)]
+    if not spec.is_depthwise or spec.in_channels < len(sizes):
+        raise ConfigurationError(f'{spec} does not split over {len(sizes)} depthwise kernels; use merge="sum"')
     widths = [len(range(i, spec.in_channels, len(sizes))) for i in range(len(sizes))]
     parts = [conv(spec.depthwise(channels), size) for channels, size in zip(widths, sizes, strict=True)]
-    return nn.Sequential(SplitConcat(parts, widths), nn.BatchNorm2d(spec.out_channels))
+    return nn.Sequential(SplitConcat(parts, widths), nn.BatchNorm2d(spec.out_channels, _EPS))
 
 
-_MERGES = {"sum": _summed, "split": _split}
+_EPS = 1e-6  # of the published unit's BatchNorms, whose weights would mean something else with another one

@@ -1,16 +1,14 @@
 """RepVGG: a 3x3, a 1x1 and an identity branch, each with its own BatchNorm."""
 
-from typing import Literal, Unpack
+from typing import Unpack
 
 from torch import nn
 
 from repblocks.blocks.base import RepConv
 from repblocks.blocks.branches import conv_bn
 from repblocks.blocks.registry import register_block
-from repblocks.blocks.spec import ConvSpec, Geometry, Pair
-from repblocks.errors import ConfigurationError
+from repblocks.blocks.spec import ConvSpec, Geometry, Identity, Pair
 from repblocks.fusion import Sum
-from repblocks.names import known_name
 
 
 @register_block("repvgg")
@@ -33,14 +31,11 @@ class RepVGGConv(RepConv):
         out_channels: int,
         kernel_size: int | Pair = 3,
         *,
-        identity: Literal["auto", "always", "never"] = "auto",
+        identity: Identity = "auto",
         **geometry: Unpack[Geometry],
     ) -> None:
         spec = ConvSpec.of(in_channels, out_channels, kernel_size, **geometry)
-        known_name("identity", identity, ("auto", "always", "never"))
-        if identity == "always" and not spec.keeps_the_map:
-            raise ConfigurationError(f'{spec} changes the shape of the map, so no identity fits; use identity="auto"')
         branches: dict[str, nn.Module] = {"kxk": conv_bn(spec), "pointwise": conv_bn(spec, (1, 1))}
-        if identity != "never" and spec.keeps_the_map:
+        if spec.has_identity(identity):
             branches["identity"] = nn.BatchNorm2d(out_channels)
         super().__init__(Sum(branches))

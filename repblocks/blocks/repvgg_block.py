@@ -1,13 +1,12 @@
 """RepVGG's layer around any linear block: squeeze-and-excitation after the sum, then an activation."""
 
 from collections.abc import Callable
-from typing import Unpack
+from typing import Any
 
 from torch import Tensor, nn
 
 from repblocks.blocks.base import RepBlock
 from repblocks.blocks.registry import resolve_block
-from repblocks.blocks.spec import Geometry
 from repblocks.fusion.geometry import Pair
 
 
@@ -15,10 +14,12 @@ class RepVGGBlock(RepBlock):
     """``act(se(conv(x)))``: a linear block, optional squeeze-and-excitation after its sum, an activation.
 
     Args:
-        in_channels, out_channels, kernel_size, geometry: As in ``nn.Conv2d``; ``padding=None`` keeps the grid.
+        in_channels, out_channels, kernel_size: As in ``nn.Conv2d``.
         block: Short name of the linear block in ``BLOCKS``.
         se_layer: Makes the squeeze-and-excitation from ``out_channels``; None for none.
         act_layer: Makes the activation.
+        options: ``nn.Conv2d``'s further arguments, ``padding=None`` keeps the grid; and what the linear block takes
+            beyond them.
 
     Source: Ding et al. 2021, "RepVGG", https://arxiv.org/abs/2101.03697, section 3.3.
     """
@@ -32,10 +33,10 @@ class RepVGGBlock(RepBlock):
         block: str = "repvgg",
         se_layer: Callable[[int], nn.Module] | None = None,
         act_layer: Callable[[], nn.Module] = nn.ReLU,
-        **geometry: Unpack[Geometry],
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.conv = resolve_block(block)(in_channels, out_channels, kernel_size, **geometry)
+        self.conv = resolve_block(block)(in_channels, out_channels, kernel_size, **options)
         self.se = None if se_layer is None else se_layer(out_channels)
         self.act = act_layer()
 

@@ -9,6 +9,10 @@ from repblocks.fusion.geometry import Pair
 from repblocks.names import known_name
 
 Padding = int | Pair | tuple[Pair, Pair] | Literal["same", "valid"] | None
+Identity = Literal["auto", "always", "never"]
+
+
+NO_PADDING = ((0, 0), (0, 0))
 
 
 class Geometry(TypedDict, total=False):
@@ -82,10 +86,25 @@ class ConvSpec:
         )
         return whole and self.stride == (1, 1) and self.in_channels == self.out_channels
 
+    def has_identity(self, identity: Identity) -> bool:
+        """Whether a block has its identity branch: where it fits ("auto"), certainly ("always"), or "never".
+
+        Raises:
+            ConfigurationError: "always" where the shapes of input and output differ, or an unknown choice.
+        """
+        known_name("identity", identity, ("auto", "always", "never"))
+        if identity == "always" and not self.keeps_the_map:
+            raise ConfigurationError(f'{self} changes the shape of the map, so no identity fits; use identity="auto"')
+        return identity != "never" and self.keeps_the_map
+
     @property
     def is_depthwise(self) -> bool:
         """Whether each channel is convolved by itself."""
         return self.groups == self.in_channels == self.out_channels
+
+    def shrunk(self, by: int) -> Pair:
+        """The kernel size less some taps, at least 1 per side."""
+        return max(self.kernel_size[0] - by, 1), max(self.kernel_size[1] - by, 1)
 
     def depthwise(self, channels: int) -> "ConvSpec":
         """The same geometry over some channels, one group each."""

@@ -1,8 +1,25 @@
 """The zoo: importing this package registers every ``rb_*`` model with timm."""
 
+from repblocks.models.mobileone import MobileOne
 from repblocks.models.registry import create_model, list_models, register
+from repblocks.models.repghost import RepGhostNet
 from repblocks.models.repnext import RepNeXt
+from repblocks.models.repnextm import RepNeXtM
 from repblocks.models.repvgg import RepVGG
+from repblocks.models.repvit import RepViT
 from repblocks.models.staged import StagedNet
+from repblocks.models.unireplknet import UniRepLKNet
 
-__all__ = ["RepNeXt", "RepVGG", "StagedNet", "create_model", "list_models", "register"]
+__all__ = [
+    "MobileOne",
+    "RepGhostNet",
+    "RepNeXt",
+    "RepNeXtM",
+    "RepVGG",
+    "RepViT",
+    "StagedNet",
+    "UniRepLKNet",
+    "create_model",
+    "list_models",
+    "register",
+]

@@ -58,10 +58,10 @@ def build_pretrained(build: Callable[..., nn.Module], name: str, kwargs: Mapping
     try:
         return build(**arguments)
     except (OSError, RuntimeError) as error:
+        file = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/model.safetensors"
         raise CheckpointError(
-            f"the weights of {name} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); "
-            f"without a network, fetch https://huggingface.co/{config.hf_hub_id}/resolve/main/model.safetensors elsewhere and "
-            f"place it at {place}, or give its path by pretrained_cfg_overlay={{'file': ...}}"
+            f"cannot load the weights of {name} ({type(error).__name__}: {str(error).splitlines()[0]}); without "
+            f"a network, place {file} at {place}, or give its path by pretrained_cfg_overlay={{'file': ...}}"
         ) from error
 
 

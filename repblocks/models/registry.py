@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import timm
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import DefaultCfg, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import DefaultCfg, PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
 from repblocks.blocks.base import Form, form_of, switch_to_deploy
@@ -103,7 +103,7 @@ def configs(names: Iterable[str], common: Mapping[str, Any], **special: Mapping[
 
     A name that timm has too, but for the prefix, gets one entry for each of the weights that timm publishes.
     """
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any] | PretrainedCfg] = {}
     for name in names:
         for tag, published in published_weights(name).items() or [("", {})]:
             key = f"{name}.{tag}" if tag else name

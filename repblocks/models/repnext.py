@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import nn
 
 from repblocks.blocks import BNConv, ConvBN, RepNeXtBlock
+from repblocks.foreign.repnext import NAMES
 from repblocks.models.registry import CIFAR, configs, register
 from repblocks.models.staged import Stage, StagedNet, StagePlan, plan_stages
 
@@ -37,6 +38,8 @@ class RepNeXt(StagedNet):
     Raises:
         ConfigurationError: An ``output_stride`` that is not supported.
     """
+
+    foreign = NAMES
 
     def __init__(
         self,

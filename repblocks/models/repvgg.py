@@ -3,11 +3,11 @@
 Source: Ding et al. 2021, "RepVGG: Making VGG-style ConvNets Great Again", https://arxiv.org/abs/2101.03697, table 2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from repblocks.blocks import RepVGGBlock
+from repblocks.blocks import RepVGGBlock, options_of
 from repblocks.foreign.repvgg import NAMES
 from repblocks.models.layers import SqueezeExcite, drop_beside_identity
 from repblocks.models.registry import CIFAR, configs, register
@@ -72,7 +72,7 @@ class RepVGG(StagedNet):
         make_block = partial(RepVGGBlock, block=block, se_layer=se_layer)
         super().__init__(
             make_block(in_chans, stem_width, stride=stem_stride, groups=1),
-            [_stage(plan, make_block, groups) for plan in plans],
+            [_stage(plan, make_block, groups, options_of(block, identity=plan.identity)) for plan in plans],
             plans=plans,
             stem_stride=stem_stride,
             num_classes=num_classes,
@@ -85,10 +85,18 @@ class RepVGG(StagedNet):
             drop_beside_identity((block for stage in self.stages for block in stage.children()), rates)
 
 
-def _stage(plan: StagePlan, make_block: partial[RepVGGBlock], groups: int) -> Stage:
+def _stage(plan: StagePlan, make_block: partial[RepVGGBlock], groups: int, first: Mapping[str, Any]) -> Stage:
+    """Blocks in a row, the first with options of its own."""
     return Stage(
         *(
-            make_block(channels, plan.out_channels, stride=stride, dilation=dilation, groups=groups if i % 2 else 1)
+            make_block(
+                channels,
+                plan.out_channels,
+                stride=stride,
+                dilation=dilation,
+                groups=groups if i % 2 else 1,
+                **({} if i else first),
+            )
             for i, (channels, stride, dilation) in enumerate(plan.layers())
         )
     )

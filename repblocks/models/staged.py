@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from repblocks.blocks import RepBlock, form_of, switch_to_deploy
+from repblocks.blocks.spec import Identity
 from repblocks.errors import ConfigurationError
 from repblocks.foreign import Names
 
@@ -39,6 +40,11 @@ class StagePlan:
     reduction: int
     drop_paths: tuple[float, ...]
     taps_input: bool
+
+    @property
+    def identity(self) -> Identity:
+        """Whether the first layer may have an identity branch: not where it has taken the place of a strided one."""
+        return "never" if self.taps_input else "auto"
 
     def layers(self) -> Iterator[tuple[int, int, int]]:
         """Channels in, stride and dilation of each layer."""
@@ -187,7 +193,7 @@ class PooledHead(nn.Module):
         Raises:
             ConfigurationError: The pooling changes the number of channels, and the neck is made for them.
         """
-        pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type) and neck is None)
+        pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
         if neck is not None and pool.feat_mult() != 1:
             raise ConfigurationError(
                 f"global_pool={pool_type} widens the map, and this network's neck reads {self.in_features} channels; "
@@ -202,8 +208,8 @@ class PooledHead(nn.Module):
     def forward(self, x: Tensor, *, pre_logits: bool = False) -> Tensor:
         """Logits, or the pooled features with ``pre_logits``."""
         x = self.global_pool(x)
-        x = x if self.neck is None else self.neck(x)
-        x = x.flatten(1) if self.global_pool.pool_type else x
+        if self.neck is not None:
+            x = self.neck(x[..., None, None]).flatten(1) if self.global_pool.pool_type else self.neck(x)
         x = nn.functional.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.fc(x)
 

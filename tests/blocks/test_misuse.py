@@ -20,7 +20,7 @@ def random(block):
         (lambda: rb.RepNeXtBlock(4, pointwise="Conv"), "pointwise=Conv is unknown; did you mean one of: conv"),
         (lambda: rb.RepNeXtBlock(4, groups=2), "groups=2: the token mixer is depthwise"),
         (lambda: rb.RepUnit(4, merge="cat"), "merge=cat is unknown"),
-        (lambda: rb.RepUnit(2, merge="split"), "2 channels do not split over 3 kernels"),
+        (lambda: rb.RepUnit(2, merge="split"), "does not split over 3 depthwise kernels"),
         (lambda: rb.RepVGGConv(4, 8, identity="Always"), "identity=Always is unknown; did you mean one of: always"),
         (lambda: rb.RepVGGConv(4, 8, strides=2), "argument=strides is unknown; did you mean one of: stride"),
         (lambda: rb.ConvBN(4, 8, bias=True), "argument=bias is unknown"),

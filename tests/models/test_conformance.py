@@ -126,9 +126,10 @@ def test_forward_is_features_then_head(outline):
 
 def test_classifier_and_pooling_can_be_replaced(outline):
     model = copy.deepcopy(outline)
-    width = model.num_features
-    features = torch.empty(2, width, 3, 4, device="meta")
-    for classes, pool, pooled in ((5, None, width), (6, "catavgmax", 2 * width), (7, "max", width)):
+    width = model.head_hidden_size
+    features = torch.empty(2, model.num_features, 3, 4, device="meta")
+    other, factor = richest_pooling(model)
+    for classes, pool, pooled in ((5, None, width), (6, other, factor * width), (7, "max", width)):
         model.reset_classifier(classes, pool)
         assert model.num_classes == model.get_classifier().out_features == model.model_args["num_classes"] == classes
         assert model.head_hidden_size == pooled
@@ -136,8 +137,13 @@ def test_classifier_and_pooling_can_be_replaced(outline):
     model.reset_classifier(0)
     assert model.forward_head(features).shape == (2, width)
     model.reset_classifier(0, "")
-    assert model.forward_head(features).shape == features.shape
+    assert model.forward_head(features).shape == (2, width, 3, 4)
     assert model.model_args["global_pool"] == ""
+
+
+def richest_pooling(model: nn.Module) -> tuple[str, int]:
+    """A pooling other than the default, and by how much it widens the map, which a neck does not allow."""
+    return ("catavgmax", 2) if model.head.neck is None else ("avgmax", 1)
 
 
 def test_parameters_are_grouped_from_stem_to_head(outline):
@@ -164,10 +170,11 @@ def grid(model: nn.Module) -> tuple[int, ...]:
 
 
 def test_arguments_of_timms_contract_are_taken_and_noted(outline):
+    pool, factor = richest_pooling(outline)
     arguments = {
         "num_classes": 7,
         "in_chans": 1,
-        "global_pool": "catavgmax",
+        "global_pool": pool,
         "output_stride": 8,
         "drop_rate": 0.1,
         "drop_path_rate": 0.2,
@@ -179,7 +186,7 @@ def test_arguments_of_timms_contract_are_taken_and_noted(outline):
     assert model.drop_rate == 0.1
     assert model.feature_info[-1]["reduction"] == min(8, outline.feature_info[-1]["reduction"])
     assert model.forward_features(meta_images(1)).shape[2:] == grid(model)
-    assert model.get_classifier().in_features == model.head_hidden_size == 2 * outline.num_features
+    assert model.get_classifier().in_features == model.head_hidden_size == factor * outline.head_hidden_size
     assert model.get_classifier().out_features == 7
     again = skeleton(model.model_name, **json.loads(json.dumps(model.model_args)))
     assert shapes(again.state_dict().values()) == shapes(model.state_dict().values())
