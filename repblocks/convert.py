@@ -1,6 +1,7 @@
 """Other libraries' weights, renamed into ours and back."""
 
 from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from repblocks.foreign.rules import Rules, our_names, require_two_way, share_mat
 from repblocks.models import create_model
 from repblocks.models.registry import FAMILIES
 from repblocks.models.staged import StagedNet
+from repblocks.names import known_name
 
 OURS = "repblocks"
 
-#: Part of the keys that one network's rules must know before its relatives are tried.
-_FAMILIAR = 0.5
+#: Part of the keys that the rules of a family's first network must know before all of the family are tried.
+_FAMILIAR = 0.3
 
 
 def convert(
@@ -71,7 +73,15 @@ def detect(
         ConfigurationError: They fit several; the message lists them.
         CheckpointError: They fit none.
     """
-    fits = list(_fits(state_dict, model, source, model_args))
+    if model is not None:
+        known_name("model", model, FAMILIES)
+    likely = [
+        (name, origin)
+        for names, origins in _familiar(list(state_dict), model)
+        for name, origin in product(names, origins)
+        if source in (None, origin)
+    ]
+    fits = [pair for pair in likely if len(likely) == 1 or _is_fit(state_dict, *pair, model_args)]
     if not fits:
         known = ", ".join(sorted({name for family in FAMILIES.values() for name in family.foreign}))
         raise CheckpointError(
@@ -85,23 +95,25 @@ def detect(
     return fits[0]
 
 
-def _fits(
-    state_dict: Mapping[str, Tensor], model: str | None, source: str | None, model_args: Mapping[str, Any]
-) -> Iterator[tuple[str, str]]:
-    for name in FAMILIES if model is None else [model]:
-        family = FAMILIES.get(name) or type(_skeleton(name, "train", {}))
-        for origin, names in family.foreign.items():
-            if source in (None, origin) and _is_familiar(state_dict, names, name):
-                try:
-                    _to_ours(state_dict, name, origin, OURS, model_args)
-                except CheckpointError:
-                    continue
-                yield name, origin
+def _is_fit(state_dict: Mapping[str, Tensor], model: str, source: str, model_args: Mapping[str, Any]) -> bool:
+    try:
+        _to_ours(state_dict, model, source, OURS, model_args)
+    except CheckpointError:
+        return False
+    return True
 
 
-def _is_familiar(state_dict: Mapping[str, Tensor], names: Names, model: str) -> bool:
-    keys = list(state_dict)
-    return share_matched(keys, names.rules_for(_skeleton(model, "train", {}), keys)) >= _FAMILIAR
+def _familiar(keys: list[str], model: str | None) -> Iterator[tuple[list[str], list[str]]]:
+    """The names of each family, and the sources whose rules know a good part of the keys, by its first network."""
+    families: dict[type[StagedNet], list[str]] = {}
+    for name, family in FAMILIES.items():
+        families.setdefault(family, []).append(name)
+    for family, members in families.items():
+        names = [name for name in members if model in (None, name)]
+        if names and family.foreign:
+            network = _skeleton(names[0], "train", {})
+            shares = {origin: share_matched(keys, by.rules_for(network, keys)) for origin, by in family.foreign.items()}
+            yield names, [origin for origin, share in shares.items() if share >= _FAMILIAR]
 
 
 def _agree(state_dict: Mapping[str, Tensor], fits: list[tuple[str, str]], model_args: Mapping[str, Any]) -> bool:
@@ -118,7 +130,7 @@ def _to_ours(
     rules = _names(network, source, target).rules_for(network, list(state_dict))
     renamed = ours_from_theirs(state_dict, rules, f"{source}'s counterpart of {model}")
     form = _form(renamed)
-    expected = _skeleton(model, form, model_args).state_dict()
+    expected = (network if form == "train" else deployed(network)).state_dict()
     if renamed.keys() != expected.keys():
         completed = _completed(renamed, network, _described(model, "deploy", model_args))
         if completed is not None:
@@ -151,7 +163,7 @@ def _names(network: StagedNet, source: str, target: str) -> Names:
     if other not in everyone:
         raise ConfigurationError(f"cannot convert from or to {other!r}; there are rules for {', '.join(everyone)}")
     if other not in family.foreign:
-        known = ", ".join(known.__name__ for known in FAMILIES.values() if other in known.foreign)
+        known = ", ".join(sorted({known.__name__ for known in FAMILIES.values() if other in known.foreign}))
         raise ConfigurationError(f"there are no rules between {other} and {family.__name__}, only for {known}")
     return family.foreign[other]
 

@@ -105,10 +105,13 @@ def test_our_own_weights_are_checked_before_they_leave(timms):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": "elsewhere"}, "cannot convert from or to 'elsewhere'; there are rules for timm"),
+        ({"source": "elsewhere"}, r"cannot convert from or to 'elsewhere'; there are rules for mobileone, .*timm"),
         ({"source": "timm", "target": "timm"}, "one of them, and only one, is 'repblocks'"),
         ({"source": "repblocks"}, "one of them, and only one, is 'repblocks'"),
-        ({"model": "rb_repnext_cifar"}, "no rules between timm and RepNeXt, only for RepVGG"),
+        (
+            {"model": "rb_repnext_cifar", "source": "timm"},
+            "no rules between timm and RepNeXt, only for MobileOne, RepGhostNet, RepVGG, RepViT",
+        ),
         ({"model": "rb_repvg_a0"}, "did you mean .*rb_repvgg_a0"),
     ],
 )

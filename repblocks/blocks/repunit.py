@@ -43,12 +43,9 @@ class RepUnit(RepConv):
         geometry.setdefault("groups", in_channels)
         spec = ConvSpec.of(in_channels, out_channels or in_channels, kernel_size, **geometry)
         known_name("merge", merge, ("sum", "split"))
-        super().__init__((_split if merge == "split" else _summed)(spec, kernel_sizes))
-
-
-def _summed(spec: ConvSpec, kernel_sizes: Sequence[Pair] | None) -> nn.Module:
-    sizes = kernel_sizes or (spec.kernel_size, (1, spec.shrunk(2)[1]), (spec.shrunk(4)[0], 1))
-    return Sum([conv_bn(spec, size, eps=_EPS) for size in sizes])
+        sizes = kernel_sizes or (spec.kernel_size, (1, spec.shrunk(2)[1]), (spec.shrunk(4)[0], 1))
+        added = [conv_bn(spec, size, eps=_EPS) for size in sizes]
+        super().__init__(Sum(added) if merge == "sum" else _split(spec, kernel_sizes))
 
 
 def _split(spec: ConvSpec, kernel_sizes: Sequence[Pair] | None) -> nn.Module:

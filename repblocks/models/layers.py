@@ -1,12 +1,34 @@
-"""What several families add to their blocks: squeeze-and-excitation, stochastic depth of branches."""
+"""What several families share: a stem, squeeze-and-excitation, stochastic depth of branches."""
 
 from collections.abc import Iterable
 
 from timm.layers import DropPath  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
+from repblocks.blocks import ConvBN, RepBlock
 from repblocks.errors import ConfigurationError
 from repblocks.fusion import Sum
+
+
+class PatchStem(RepBlock):
+    """``BN(3x3(gelu(BN(3x3(x)))))``, each of stride 2, with half of the channels in between.
+
+    Args:
+        in_channels: Of the image.
+        out_channels: Of the result, even.
+
+    Source: Wang et al. 2024, "RepViT", https://arxiv.org/abs/2307.09283, section 3.3.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = ConvBN(in_channels, out_channels // 2, 3, stride=2)
+        self.act = nn.GELU()
+        self.conv2 = ConvBN(out_channels // 2, out_channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, in_channels, H, W]`` to ``[N, out_channels, H / 4, W / 4]``."""
+        return self.conv2(self.act(self.conv1(x)))
 
 
 class SqueezeExcite(nn.Module):

@@ -22,8 +22,8 @@ from repblocks.models.staged import Stage, StagedNet, StagePlan, plan_stages
 class MobileOne(StagedNet):
     """A 3x3 stem, stages of depthwise 3x3 and pointwise layers in turn, global pooling, a linear layer.
 
-    Strides beyond ``output_stride`` become dilation of the depthwise layers; timm's MobileOne removes those strides too,
-    but does not dilate.
+    Strides beyond ``output_stride`` become dilation of the depthwise layers; timm's MobileOne removes those strides
+    too, but does not dilate.
 
     Args:
         depths: Pairs per stage; a stage has twice as many layers.

@@ -5,7 +5,6 @@ https://arxiv.org/abs/2211.06088, table 2.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 from timm.layers import DropPath, make_divisible  # pyright: ignore[reportPrivateImportUsage]
@@ -71,15 +70,15 @@ class RepGhostBottleneck(RepBlock):
         super().__init__()
         kernel_size, hidden, out_channels, se_ratio = row
         strided = strided or stride > 1
-        depthwise = partial(ConvBN, kernel_size=kernel_size, stride=stride, dilation=first_dilation)
+        geometry = {"kernel_size": kernel_size, "stride": stride, "dilation": first_dilation}
         self.ghost1 = RepGhostModule(in_channels, hidden, dilation=first_dilation)
-        self.conv_dw = depthwise(hidden, hidden, groups=hidden) if strided else None
+        self.conv_dw = ConvBN(hidden, hidden, **geometry, groups=hidden) if strided else None
         self.se = _squeeze_excite(hidden, se_ratio) if se_ratio else None
         self.ghost2 = RepGhostModule(hidden, out_channels, dilation=dilation, act_layer=None)
         self.shortcut = None
         if strided or in_channels != out_channels:
             self.shortcut = nn.Sequential(
-                depthwise(in_channels, in_channels, groups=in_channels),
+                ConvBN(in_channels, in_channels, **geometry, groups=in_channels),
                 ConvBN(in_channels, out_channels, 1),
             )
         self.drop_path = DropPath(0.0 if self.shortcut else drop_path)

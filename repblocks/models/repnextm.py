@@ -20,6 +20,7 @@ from repblocks.blocks.base import Children, RepConv
 from repblocks.errors import ConfigurationError
 from repblocks.foreign.repnextm import NAMES
 from repblocks.models.distilled import DistilledNet, normed_classifier
+from repblocks.models.layers import PatchStem
 from repblocks.models.registry import configs, register
 from repblocks.models.staged import Stage, StagePlan, plan_stages
 
@@ -80,7 +81,7 @@ class RepNeXtM(DistilledNet):
         )
         _require_widths(plans)
         super().__init__(
-            RepNeXtMStem(in_chans, widths[0]),
+            PatchStem(in_chans, widths[0]),
             [_stage(plan, block) for plan in plans],
             plans=plans,
             stem_stride=STEM_STRIDE,
@@ -90,25 +91,6 @@ class RepNeXtM(DistilledNet):
             drop_rate=drop_rate,
             make_classifier=normed_classifier(distillation=distillation),
         )
-
-
-class RepNeXtMStem(RepBlock):
-    """``BN(3x3(gelu(BN(3x3(x)))))``, each of stride 2.
-
-    Args:
-        in_channels: Of the image.
-        out_channels: Of the result; half of them in between.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.conv1 = ConvBN(in_channels, out_channels // 2, stride=2)
-        self.act = nn.GELU()
-        self.conv2 = ConvBN(out_channels // 2, out_channels, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[N, in_channels, H, W]`` to ``[N, out_channels, H / 4, W / 4]``."""
-        return self.conv2(self.act(self.conv1(x)))
 
 
 class RepNeXtMTokenMixer(nn.Module):

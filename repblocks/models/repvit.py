@@ -15,7 +15,7 @@ from repblocks.blocks import ConvBN, RepBlock, resolve_block
 from repblocks.blocks.base import Children
 from repblocks.foreign.repvit import NAMES
 from repblocks.models.distilled import DistilledNet, normed_classifier
-from repblocks.models.layers import SqueezeExcite
+from repblocks.models.layers import PatchStem, SqueezeExcite
 from repblocks.models.registry import configs, register
 from repblocks.models.staged import Stage, StagePlan, plan_stages
 
@@ -113,27 +113,6 @@ class RepViTDownsample(RepBlock):
         return self.ffn(self.channel_downsample(x))
 
 
-class RepViTStem(RepBlock):
-    """Two 3x3 convolutions of stride 2 with BatchNorm, GELU between them.
-
-    Args:
-        in_channels: Of the image.
-        out_channels: Of the second convolution; the first has half as many.
-
-    Source: Wang et al. 2024, "RepViT", https://arxiv.org/abs/2307.09283, section 3.3.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.conv1 = ConvBN(in_channels, out_channels // 2, 3, stride=2)
-        self.act = nn.GELU()
-        self.conv2 = ConvBN(out_channels // 2, out_channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[N, in_channels, H, W]`` to ``[N, out_channels, H / 4, W / 4]``."""
-        return self.conv2(self.act(self.conv1(x)))
-
-
 class RepViT(DistilledNet):
     """A convolutional stem, stages of ``RepViTBlock`` with downsampling between them, pooling, a normed classifier.
 
@@ -183,7 +162,7 @@ class RepViT(DistilledNet):
             drop_path_rate=drop_path_rate,
         )
         super().__init__(
-            RepViTStem(in_chans, widths[0]),
+            PatchStem(in_chans, widths[0]),
             [_stage(plan, block) for plan in plans],
             plans=plans,
             stem_stride=4,

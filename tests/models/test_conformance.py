@@ -103,12 +103,17 @@ def outline(request) -> nn.Module:
 def test_default_config_names_layers_of_the_training_form(outline):
     config = outline.default_cfg
     assert config is outline.pretrained_cfg
-    assert outline.get_submodule(config["classifier"]) is outline.get_classifier()
-    first = config["first_conv"]
-    for path in (first,) if isinstance(first, str) else first:
+    for path in paths(config["classifier"]):
+        assert outline.get_submodule(path) in outline.get_classifier().modules()
+        assert outline.get_submodule(path).out_features == outline.num_classes
+    for path in paths(config["first_conv"]):
         assert outline.get_submodule(path).in_channels == config["input_size"][0]
     assert outline.get_classifier().out_features == outline.num_classes == config["num_classes"]
     assert tuple(n // outline.feature_info[-1]["reduction"] for n in config["input_size"][1:]) == config["pool_size"]
+
+
+def paths(named: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (named,) if isinstance(named, str) else named
 
 
 def test_timm_resolves_the_preprocessing(outline):

@@ -41,7 +41,7 @@ def count(model: nn.Module) -> int:
 
 
 def images() -> torch.Tensor:
-    return torch.randn(2, 3, 64, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return torch.randn(2, 3, 128, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def small(**arguments) -> nn.Module:

@@ -209,7 +209,7 @@ def test_source_is_told_by_the_weights(timms, form):
 def test_weights_of_another_size_are_refused(outlines):
     weights = outlines["timm train"].state_dict()
     others = {"rb_repvit_m0_9": "rb_repvit_m1_0"}
-    with pytest.raises(CheckpointError, match="not the weights of|keys are not keys"):
+    with pytest.raises(CheckpointError, match=r"not the weights of|keys are not keys"):
         convert(weights, model=others.get(outlines["train"].model_name, "rb_repvit_m0_9"), source="timm")
 
 
