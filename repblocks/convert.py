@@ -1,5 +1,6 @@
 """Other libraries' weights, renamed into ours and back."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Any
@@ -111,7 +112,7 @@ def _familiar(keys: list[str], model: str | None) -> Iterator[tuple[list[str], l
     for family, members in families.items():
         names = [name for name in members if model in (None, name)]
         if names and family.foreign:
-            network = _skeleton(names[0], "train", {})
+            network = _outline(names[0])
             shares = {origin: share_matched(keys, by.rules_for(network, keys)) for origin, by in family.foreign.items()}
             yield names, [origin for origin, share in shares.items() if share >= _FAMILIAR]
 
@@ -264,6 +265,12 @@ def _check(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: 
             f"these are not the weights of {what}: {some(problems)}; name the model that they belong to, and the "
             "arguments it is built with, such as num_classes=10"
         )
+
+
+@functools.cache
+def _outline(model: str) -> StagedNet:
+    """A default network to read names from, not to be changed: building one takes about a second."""
+    return _skeleton(model, "train", {})
 
 
 def _skeleton(model: str, form: Form, model_args: Mapping[str, Any]) -> StagedNet:

@@ -25,6 +25,11 @@ def test_every_python_block_runs(tmp_path, monkeypatch):
     assert (tmp_path / "deploy" / "model.onnx").is_file()
 
 
+def test_every_block_has_a_row():
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)`", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert dict(rows) == {name: block.__name__ for name, block in rb.BLOCKS.items()}
+
+
 def test_every_file_that_the_readme_names_exists():
     text = README.read_text(encoding="utf-8")
     named = set(re.findall(r"\b(?:scripts|configs|repblocks|tests)/[\w/.]*\w", text)) | {"train.py"}

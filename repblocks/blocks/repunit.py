@@ -13,6 +13,8 @@ from repblocks.errors import ConfigurationError
 from repblocks.fusion import SplitConcat, Sum
 from repblocks.names import known_name
 
+_EPS = 1e-6  # of the published unit's BatchNorms, whose weights would mean something else with another one
+
 
 @register_block("repunit")
 class RepUnit(RepConv):
@@ -42,10 +44,10 @@ class RepUnit(RepConv):
     ) -> None:
         geometry.setdefault("groups", in_channels)
         spec = ConvSpec.of(in_channels, out_channels or in_channels, kernel_size, **geometry)
-        known_name("merge", merge, ("sum", "split"))
         sizes = kernel_sizes or (spec.kernel_size, (1, spec.shrunk(2)[1]), (spec.shrunk(4)[0], 1))
-        added = [conv_bn(spec, size, eps=_EPS) for size in sizes]
-        super().__init__(Sum(added) if merge == "sum" else _split(spec, kernel_sizes))
+        summed = known_name("merge", merge, ("sum", "split")) == "sum"
+        added = Sum([conv_bn(spec, size, eps=_EPS) for size in sizes])
+        super().__init__(added if summed else _split(spec, kernel_sizes))
 
 
 def _split(spec: ConvSpec, kernel_sizes: Sequence[Pair] | None) -> nn.Module:
@@ -55,6 +57,3 @@ def _split(spec: ConvSpec, kernel_sizes: Sequence[Pair] | None) -> nn.Module:
     widths = [len(range(i, spec.in_channels, len(sizes))) for i in range(len(sizes))]
     parts = [conv(spec.depthwise(channels), size) for channels, size in zip(widths, sizes, strict=True)]
     return nn.Sequential(SplitConcat(parts, widths), nn.BatchNorm2d(spec.out_channels, _EPS))
-
-
-_EPS = 1e-6  # of the published unit's BatchNorms, whose weights would mean something else with another one

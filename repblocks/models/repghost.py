@@ -5,6 +5,7 @@ https://arxiv.org/abs/2211.06088, table 2.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from timm.layers import DropPath, make_divisible  # pyright: ignore[reportPrivateImportUsage]
@@ -70,15 +71,15 @@ class RepGhostBottleneck(RepBlock):
         super().__init__()
         kernel_size, hidden, out_channels, se_ratio = row
         strided = strided or stride > 1
-        geometry = {"kernel_size": kernel_size, "stride": stride, "dilation": first_dilation}
+        depthwise = partial(_depthwise, kernel_size=kernel_size, stride=stride, dilation=first_dilation)
         self.ghost1 = RepGhostModule(in_channels, hidden, dilation=first_dilation)
-        self.conv_dw = ConvBN(hidden, hidden, **geometry, groups=hidden) if strided else None
+        self.conv_dw = depthwise(hidden) if strided else None
         self.se = _squeeze_excite(hidden, se_ratio) if se_ratio else None
         self.ghost2 = RepGhostModule(hidden, out_channels, dilation=dilation, act_layer=None)
         self.shortcut = None
         if strided or in_channels != out_channels:
             self.shortcut = nn.Sequential(
-                ConvBN(in_channels, in_channels, **geometry, groups=in_channels),
+                depthwise(in_channels),
                 ConvBN(in_channels, out_channels, 1),
             )
         self.drop_path = DropPath(0.0 if self.shortcut else drop_path)
@@ -173,6 +174,10 @@ def _bottlenecks(plan: StagePlan, rows: Sequence[Row]) -> Iterator[RepGhostBottl
             drop_path=drop_path,
         )
         channels = row.out_channels
+
+
+def _depthwise(channels: int, *, kernel_size: int, stride: int, dilation: int) -> ConvBN:
+    return ConvBN(channels, channels, kernel_size, stride=stride, dilation=dilation, groups=channels)
 
 
 def _squeeze_excite(channels: int, ratio: float) -> SqueezeExcite:

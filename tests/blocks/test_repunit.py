@@ -36,5 +36,5 @@ def test_kernel_sizes_are_arguments(merge):
 
 
 def test_the_split_form_is_refused_for_dense_convolutions():
-    with pytest.raises(rb.ConfigurationError, match="not depthwise"):
+    with pytest.raises(rb.ConfigurationError, match="does not split over 3 depthwise kernels"):
         rb.RepUnit(8, groups=1, merge="split")

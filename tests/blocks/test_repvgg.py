@@ -5,6 +5,9 @@ from timm.layers import SqueezeExcite
 from torch import nn
 
 import repblocks as rb
+from repblocks.blocks import options_of
+
+CHOICES = ("auto", "always", "never")
 
 
 def random(block):
@@ -26,6 +29,27 @@ def test_the_identity_branch_is_absent_where_shapes_differ_and_refused_where_it_
 
 def test_the_identity_branch_can_be_left_out():
     assert "identity" not in rb.RepVGGConv(4, 4, identity="never").branches
+
+
+@pytest.mark.parametrize("block", [rb.MobileOneConv, rb.QARepVGGConv])
+def test_its_relatives_have_the_same_choice(block):
+    kinds = {
+        choice: any("identity" in name for name, _ in block(4, 4, identity=choice).named_modules())
+        for choice in CHOICES
+    }
+    assert kinds == {"auto": True, "always": True, "never": False}
+    with pytest.raises(rb.ConfigurationError, match="no identity fits"):
+        block(4, 8, identity="always")
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"), [("repvgg", {"identity"}), ("mobileone", {"identity", "num_conv_branches"}), ("acb", set())]
+)
+def test_options_reach_the_blocks_that_take_them(name, taken):
+    options = {"identity": "never", "num_conv_branches": 2}
+    assert options_of(name, **options) == {key: options[key] for key in taken}
+    with pytest.raises(rb.ConfigurationError, match="block=no_such_block is unknown"):
+        options_of("no_such_block", **options)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 8])

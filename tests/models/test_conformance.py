@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import timm
 import torch
+from models.families import SMALLEST_OF_EACH
 from support import calibrate
 from timm.data import resolve_model_data_config
 from timm.models import group_parameters
@@ -14,8 +15,9 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from repblocks.blocks.base import deployed, form_of, switch_to_deploy
+from repblocks.conformance import border_of, check_block, form_error
 from repblocks.models import create_model, list_models
-from repblocks.verification import verify
+from repblocks.verification import TOLERANCES, verify
 
 ZOO = list_models()
 SMALLEST = ["rb_repvgg_cifar", "rb_repnext_cifar"]
@@ -57,14 +59,32 @@ class BothForms:
 def both_forms(request) -> BothForms:
     """A model in float64 with the statistics of a trained one, and its collapsed copy."""
     torch.manual_seed(0)
-    images = torch.randn(2, 3, 32, 64, dtype=torch.float64)
+    # Fewer pixels than channels would give statistics under which deep networks grow without measure.
+    images = torch.randn(16, 3, 32, 64, dtype=torch.float64)
     model = create_model(request.param, num_classes=10).double()
     calibrate(model, images)
-    return BothForms(request.param, model.eval(), deployed(model), images)
+    return BothForms(request.param, model.eval(), deployed(model), images[:2])
 
 
 def test_deploy_form_equals_eval_form(both_forms):
     verify(both_forms.train, both_forms.deploy, both_forms.images).raise_if_different("the deploy form")
+
+
+def test_deploy_form_equals_eval_form_in_float32(both_forms):
+    error = form_error(both_forms.train, both_forms.images, torch.float32, scope="model")
+    assert error.passed, error
+
+
+@torch.no_grad()
+def test_border_and_interior_of_every_feature_map_are_equal(both_forms):
+    maps = [form.forward_intermediates(both_forms.images)[1] for form in (both_forms.train, both_forms.deploy)]
+    tolerance = TOLERANCES[torch.float64]["model"]
+    for expected, got in zip(*maps, strict=True):
+        border = border_of(both_forms.train, (), expected)
+        error = (got - expected).abs().amax((0, 1)) / expected.abs().max()
+        assert error[border].max() <= tolerance
+        assert error[~border].numel() == 0 or error[~border].max() <= tolerance
+    assert (~border_of(both_forms.train, (), maps[0][0])).any()
 
 
 def test_deploy_form_holds_nothing_of_the_training_form(both_forms):
@@ -235,6 +255,13 @@ def test_dilation_takes_the_place_of_strides_beyond_the_output_stride(name, outp
     ]
     assert tuple(dilated.forward_features(meta_images()).shape[2:]) == tuple(n // output_stride for n in SIZE)
     assert shapes(dilated.state_dict().values()) == shapes(plain.state_dict().values())
+
+
+@pytest.mark.parametrize("name", sorted(SMALLEST_OF_EACH.values()))
+def test_the_smallest_of_each_family_keeps_every_promise_of_a_block(name):
+    torch.manual_seed(0)
+    images = torch.randn(17, 3, 64, 32, generator=torch.Generator().manual_seed(1))
+    check_block(create_model(name, num_classes=5), images, scope="model").raise_if_failed()
 
 
 @pytest.mark.parametrize("name", SMALLEST)

@@ -41,7 +41,7 @@ def count(model: nn.Module) -> int:
 
 
 def images() -> torch.Tensor:
-    return torch.randn(2, 3, 128, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return torch.randn(2, 3, 64, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def small(**arguments) -> nn.Module:
@@ -184,9 +184,13 @@ def test_every_layer_is_made_of_mobileones_block():
 
 @pytest.fixture(scope="module", params=["mobileone_s0", "mobileone_s4"])
 def timms(request) -> dict[str, nn.Module]:
-    """timm's model in float64 with calibrated statistics, in both forms."""
+    """timm's model in float64 with calibrated statistics, in both forms.
+
+    Statistics of fewer pixels than S4 has channels would make its last stages amplify all rounding.
+    """
     torch.manual_seed(0)
-    model = calibrate(timm.create_model(request.param, num_classes=7).double(), images())
+    many = torch.randn(16, 3, 64, 96, dtype=torch.float64)
+    model = calibrate(timm.create_model(request.param, num_classes=7).double(), many)
     return {"name": request.param, "train": model, "deploy": reparameterize_model(model)}
 
 
@@ -197,7 +201,14 @@ def test_converted_weights_give_timms_outputs(timms, form):
     ours.load_state_dict(convert(timms[form].state_dict(), model=name, source="timm", num_classes=7))
     assert form_of(ours) == form
     verify(timms[form], ours.eval(), images()).raise_if_different("the converted model")
-    verify(timms["deploy"], deployed(ours), images()).raise_if_different("its deploy form")
+
+
+def test_collapsing_before_or_after_the_conversion_gives_the_same_weights(timms):
+    name = f"rb_{timms['name']}"
+    ours = create_model(name, num_classes=7).double()
+    ours.load_state_dict(convert(timms["train"].state_dict(), model=name, source="timm", num_classes=7))
+    theirs = convert(timms["deploy"].state_dict(), model=name, source="timm", num_classes=7)
+    torch.testing.assert_close(deployed(ours).state_dict(), theirs, rtol=1e-12, atol=1e-14)
 
 
 @every_name
@@ -323,9 +334,16 @@ def test_timms_weights_under_official_names_give_timms_outputs(timms, form):
     verify(timms[form], theirs.eval(), images()).raise_if_different("the official network")
 
 
-@pytest.mark.parametrize("name", ["rb_mobileone_s0", "rb_mobileone_s1", "rb_mobileone_s4"])
-@pytest.mark.parametrize("source", ["timm", "mobileone"])
-@both_forms
+@pytest.mark.parametrize(
+    ("name", "source", "form"),
+    [
+        ("rb_mobileone_s0", "timm", "train"),
+        ("rb_mobileone_s1", "timm", "deploy"),
+        ("rb_mobileone_s3", "mobileone", "train"),
+        ("rb_mobileone_s4", "mobileone", "deploy"),
+    ],
+)
+@pytest.mark.slow
 def test_model_and_source_are_told_by_the_weights(name, source, form):
     with torch.device("meta"):
         theirs = (timms_model if source == "timm" else apples_model)(name, form).state_dict()

@@ -11,9 +11,16 @@ from repblocks.models import create_model, list_models
 
 
 def test_zoo_is_in_timms_registry_under_its_prefix():
-    repvgg = ["a0", "a1", "a2", "b0", "b1", "b1g2", "b1g4", "b2", "b2g2", "b2g4", "b3", "b3g2", "b3g4", "cifar", "d2se"]
-    repnext = ["cifar", "u3_base", "u3_small", "u3_tiny"]
-    names = [f"rb_repnext_{size}" for size in repnext] + [f"rb_repvgg_{size}" for size in repvgg]
+    sizes = {
+        "mobileone": "s0 s1 s2 s3 s4",
+        "repghostnet": "050 058 080 100 111 130 150 200",
+        "repnext": "cifar u3_base u3_small u3_tiny",
+        "repnextm": "m1 m2 m3 m4 m5",
+        "repvgg": "a0 a1 a2 b0 b1 b1g2 b1g4 b2 b2g2 b2g4 b3 b3g2 b3g4 cifar d2se",
+        "repvit": "m0_9 m1_0 m1_1 m1_5 m2_3",
+        "unireplknet": "a f n p",
+    }
+    names = [f"rb_{family}_{size}" for family, listed in sizes.items() for size in listed.split()]
     assert list_models() == timm.list_models("rb_*") == names
 
 
@@ -80,8 +87,12 @@ def test_unknown_name_suggests_near_ones():
 
 
 def test_an_unknown_tag_is_refused():
-    with pytest.raises(ConfigurationError, match=r"rb_repvgg_a0 has no weights tagged 'foo' \(none .*leave the tag"):
+    with pytest.raises(
+        ConfigurationError, match=r"rb_repvgg_a0 has no weights tagged 'foo' \(rb_repvgg_a0\.rvgg_in1k\)"
+    ):
         create_model("rb_repvgg_a0.foo")
+    with pytest.raises(ConfigurationError, match=r"rb_repvgg_cifar has no weights tagged 'foo' \(none .*leave the tag"):
+        create_model("rb_repvgg_cifar.foo")
     with pytest.raises(ConfigurationError, match=r"resnet18 has no weights tagged 'foo' \(.*resnet18\.a1_in1k"):
         create_model("resnet18.foo")
     assert create_model("resnet18.a1_in1k").model_name == "resnet18.a1_in1k"
@@ -108,11 +119,6 @@ def test_models_own_deploy_form_needs_repblocks_not_a_name():
         return create_model("rb_repvgg_cifar", **kwargs)
 
     assert form_of(create_model("someones_net", form="deploy")) == "deploy"
-
-
-def test_weights_that_nobody_published_are_refused():
-    with pytest.raises(ConfigurationError, match=r"no weights are published under rb_repvgg_a0.*convert"):
-        create_model("rb_repvgg_a0", pretrained=True)
 
 
 def test_weights_from_a_file_load_through_timm(tmp_path):

@@ -97,3 +97,12 @@ def test_collapse_ignores_stochastic_depth():
 def test_stochastic_depth_without_any_identity_branch_is_refused():
     with pytest.raises(ConfigurationError, match="drop_path_rate=0"):
         create_model("rb_repvgg_cifar", block="acb", drop_path_rate=0.1)
+
+
+@pytest.mark.parametrize("block", ["repvgg", "qarepvgg"])
+@pytest.mark.parametrize("output_stride", [16, 8])
+def test_dilation_adds_no_identity_where_a_stride_was(block, output_stride):
+    options = {"block": block, "widths": (16, 16, 16, 16), "depths": (1, 2, 2, 1)}
+    plain = create_model("rb_repvgg_a0", **options)
+    dilated = create_model("rb_repvgg_a0", **options, output_stride=output_stride)
+    assert dict(dilated.named_modules()).keys() == dict(plain.named_modules()).keys()

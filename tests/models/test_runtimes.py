@@ -4,21 +4,13 @@ import copy
 
 import pytest
 import torch
+from models.families import SMALLEST_OF_EACH
 from support import calibrate
 
 import repblocks as rb
 from repblocks.models.registry import FAMILIES
 from repblocks.verification import verify
 
-SMALLEST = {
-    "MobileOne": "rb_mobileone_s0",
-    "RepGhostNet": "rb_repghostnet_050",
-    "RepNeXt": "rb_repnext_cifar",
-    "RepNeXtM": "rb_repnextm_m1",
-    "RepVGG": "rb_repvgg_cifar",
-    "RepViT": "rb_repvit_m0_9",
-    "UniRepLKNet": "rb_unireplknet_a",
-}
 pytestmark = pytest.mark.slow
 every_form = pytest.mark.parametrize("form", ["train", "deploy"])
 
@@ -27,7 +19,7 @@ def images(count=2):
     return torch.randn(count, 3, 64, 96, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module", params=SMALLEST.values())
+@pytest.fixture(scope="module", params=SMALLEST_OF_EACH.values())
 def trained(request):
     torch.manual_seed(0)
     return calibrate(rb.create_model(request.param, num_classes=5), images())
@@ -38,7 +30,7 @@ def in_form(model, form):
 
 
 def test_every_family_is_here():
-    assert set(SMALLEST) == {family.__name__ for family in FAMILIES.values()}
+    assert set(SMALLEST_OF_EACH) == {family.__name__ for family in FAMILIES.values()}
 
 
 @every_form
