@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
+from repblocks.blocks import BLOCKS, RepVGGBlock
 from repblocks.errors import ConfigurationError, DataError
 from repblocks.training.build import (
     make_loggers,
@@ -39,6 +40,12 @@ class TestModel:
         model: Any = make_model(model_config(name=name), digits)
         assert model.eval()(digits.test_images(2)).shape == (2, 10)
         assert model.model_args["in_chans"] == 1
+
+    @pytest.mark.parametrize("block", sorted(BLOCKS.keys() - {"repmixer"}))  # which keeps the map
+    def test_any_linear_block_takes_the_place_of_the_networks_own(self, digits: ImageData, block: str) -> None:
+        model: Any = make_model(model_config(args={"block": block}), digits)
+        assert all(isinstance(layer.conv, BLOCKS[block]) for layer in model.modules() if isinstance(layer, RepVGGBlock))
+        assert model.model_args["block"] == block
 
     def test_it_carries_preprocessing_and_class_names(self, digits: ImageData) -> None:
         carried: Any = make_model(model_config(), digits).pretrained_cfg

@@ -1,13 +1,21 @@
 import pytest
 import torch
 from support import randomise_batch_norms
-from timm.layers import DropPath
+from timm.layers import DropPath, LayerScale2d
 from torch import nn
 from torchvision.ops import StochasticDepth
 
 import repblocks as rb
-from repblocks.blocks.branches import conv
-from repblocks.blocks.layers import AlignedConv2d, BorderedNorm
+from repblocks.blocks.branches import conv, kernel_chain
+from repblocks.blocks.layers import (
+    AlignedAvgPool2d,
+    AlignedConv2d,
+    BorderedNorm,
+    Constant,
+    FixedConv2d,
+    Shift,
+    Squeezed,
+)
 from repblocks.blocks.spec import ConvSpec
 
 
@@ -94,3 +102,53 @@ def test_drop_path_folds_to_the_identity_in_eval_mode_only(drop):
 def test_geometry_that_is_no_convolution_is_refused(arguments, reason):
     with pytest.raises(rb.ConfigurationError, match=reason):
         ConvSpec.of(4, 4, 3, **arguments)
+
+
+@pytest.mark.parametrize("dilation", [1, (2, 1)])
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
+def test_an_average_reads_the_blocks_window(dilation, mode):
+    spec = ConvSpec.of(3, 3, (3, 2), stride=2, dilation=dilation, padding=((1, 2), (0, 1)), padding_mode=mode)
+    pool, x = AlignedAvgPool2d(spec), image(2, 3, 9, 10)
+    padded = nn.functional.pad(x, (0, 1, 1, 2), "constant" if mode == "zeros" else mode)
+    kernel = torch.full((3, 1, 3, 2), 1 / 6, dtype=torch.float64)
+    expected = nn.functional.conv2d(padded, kernel, stride=2, dilation=dilation, groups=3)
+    torch.testing.assert_close(pool(x), expected, rtol=1e-12, atol=1e-12)
+    chain = nn.Sequential(nn.Conv2d(3, 3, 1, dtype=torch.float64, bias=False), pool)
+    torch.testing.assert_close(rb.fold(chain)(x), chain(x), rtol=1e-12, atol=1e-12)
+
+
+def test_fixed_filters_are_saved_but_not_learned():
+    filters = torch.tensor([[1.0, 2.0, 3.0]])
+    layer = FixedConv2d(ConvSpec.of(4, 4, 3, groups=4), filters).double()
+    assert not list(layer.parameters())
+    assert torch.equal(layer.state_dict()["weight"][2, 0], filters.double())
+    x = image(2, 4, 5, 6)
+    kernel = filters.double().expand(4, 1, 1, 3)
+    torch.testing.assert_close(layer(x), nn.functional.conv2d(x, kernel, padding=(0, 1), groups=4))
+    torch.testing.assert_close(rb.fold(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    "layer", [Constant(-0.5), Shift(3), LayerScale2d(3, 0.7)], ids=lambda layer: type(layer).__name__
+)
+def test_scales_and_shifts_fold(layer):
+    layer = layer.double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    chain, x = nn.Sequential(nn.Conv2d(3, 3, 1, dtype=torch.float64), layer), image(2, 3, 4, 5)
+    torch.testing.assert_close(rb.fold(chain)(x), chain(x), rtol=1e-12, atol=1e-12)
+
+
+def test_squeezed_branches_may_not_depend_on_the_batch():
+    squeezed = Squeezed(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    with pytest.raises(rb.FoldError, match="training mode"):
+        squeezed(torch.randn(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("kernel_size", [(1, 1), (3, 3), (4, 5), (6, 1)], ids=str)
+def test_a_chain_of_kernels_reaches_as_far_as_one(kernel_size):
+    spec = ConvSpec.of(2, 5, kernel_size, stride=(2, 1), dilation=(1, 2), padding_mode="circular")
+    chain, x = nn.Sequential(*kernel_chain(spec, 8)).double(), image(2, 2, 13, 14)
+    value = rb.fold(chain)
+    assert (value.kernel_size, value.stride, value.padding) == (spec.kernel_size, spec.stride, spec.padding)
+    torch.testing.assert_close(value(x), chain(x), rtol=1e-12, atol=1e-12)
