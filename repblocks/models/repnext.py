@@ -98,8 +98,8 @@ def _stage(plan: StagePlan, make_block: partial[RepNeXtBlock]) -> Stage:
 
 
 def _init_weights(module: nn.Module) -> None:
-    """As ConvNeXt starts: truncated normal weights of standard deviation 0.02, zero biases."""
-    if isinstance(module, nn.Conv2d | nn.Linear):
+    """As ConvNeXt starts: truncated normal weights of standard deviation 0.02, zero biases; fixed filters stay."""
+    if isinstance(module, nn.Conv2d | nn.Linear) and isinstance(module.weight, nn.Parameter):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -7,6 +7,7 @@ import torch
 from support import calibrate
 
 import repblocks as rb
+from repblocks.blocks.layers import FixedConv2d
 from repblocks.errors import ConfigurationError
 from repblocks.verification import verify
 
@@ -51,3 +52,11 @@ def test_the_swapped_block_is_kept_in_files(block, tmp_path):
 def test_a_block_that_does_not_fit_the_network_says_why():
     with pytest.raises(ConfigurationError, match="changes the shape of the map; RepMixer adds it to its input"):
         rb.create_model("rb_repvgg_cifar", block="repmixer")
+
+
+@pytest.mark.parametrize("model", ["rb_repnext_cifar", "rb_repvgg_cifar"])
+def test_a_network_leaves_the_fixed_filters_of_its_blocks_alone(model):
+    network = rb.create_model(model, block="edge")
+    filters = [module.weight for module in network.modules() if isinstance(module, FixedConv2d)]
+    assert filters
+    assert all(kernel.abs().sum(dim=(1, 2, 3)).eq(8).all() for kernel in filters)  # Sobel and Laplacian alike
