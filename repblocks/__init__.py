@@ -31,6 +31,7 @@ from repblocks.blocks import (
     RepVGGBlock,
     RepVGGConv,
     RepViTConv,
+    branch_shares,
     deployed,
     form_of,
     register_block,
@@ -67,6 +68,7 @@ from repblocks.fusion import (
     to_matrix,
     ungroup,
 )
+from repblocks.graph import Collapsed, CollapseReport, Expanded, ExpandedConv, collapse, contract, expand
 from repblocks.models import create_model, list_models
 from repblocks.profiling import profile
 from repblocks.spectra import kernel_report, linear_operator, spectral_norm, spectrum
@@ -83,6 +85,8 @@ __all__ = [
     "BlockReport",
     "BranchConv",
     "CheckpointError",
+    "CollapseReport",
+    "Collapsed",
     "Concat",
     "ConfigurationError",
     "ConvBN",
@@ -92,6 +96,8 @@ __all__ = [
     "EdgeConv",
     "EquivalenceReport",
     "ExpandConv",
+    "Expanded",
+    "ExpandedConv",
     "FoldError",
     "LargeKernelConv",
     "MobileOneConv",
@@ -116,12 +122,16 @@ __all__ = [
     "VerificationError",
     "absorb_shortcut",
     "add",
+    "branch_shares",
     "check_block",
+    "collapse",
     "compose",
     "concat",
+    "contract",
     "convert",
     "create_model",
     "deployed",
+    "expand",
     "export",
     "fold",
     "form_of",

@@ -26,15 +26,25 @@ def calibrate(model: nn.Module, inputs: Tensor, seed: int = 0) -> nn.Module:
     """
     generator = torch.Generator().manual_seed(seed)
     _randomise_scales(model, generator)
+    norms = [norm for norm in batch_norms(model) if norm.running_mean is not None]
+    for norm in norms:
+        _randomise_affine(norm, generator)
+    reestimate(model, inputs)
+    for norm in norms:
+        _perturb_statistics(norm, generator)
+    return model
+
+
+@torch.no_grad()
+def reestimate(model: nn.Module, inputs: Tensor) -> nn.Module:
+    """Take the running statistics of one forward pass. In place, and left in eval mode."""
     norms = [norm for norm in batch_norms(model.eval()) if norm.running_mean is not None]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        _randomise_affine(norm, generator)
         norm.train().momentum = 1.0
     model(inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval().momentum = momentum
-        _perturb_statistics(norm, generator)
     return model
 
 

@@ -2,7 +2,8 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -14,7 +15,9 @@ from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d
 from torch import Tensor, nn
 
 from repblocks.blocks.base import form_of, switch_to_deploy
-from repblocks.errors import CheckpointError
+from repblocks.errors import CheckpointError, ConfigurationError
+from repblocks.graph.expand import expand
+from repblocks.graph.recipe import Recipe, is_recipe, recipe_of
 from repblocks.models.registry import Model, carry, create_model
 
 #: Raised by one whenever an older repblocks could not read the file any more.
@@ -22,14 +25,14 @@ FORMAT_VERSION = 1
 PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct")
 
 _REMEDY = (
-    "A model of your own (edited, collapsed or expanded) is saved by torch.export.save(torch.export.export(model, "
+    "A model of your own (edited or collapsed) is saved by torch.export.save(torch.export.export(model, "
     "(images,)), path), or by its state_dict next to the code that makes it."
 )
 _FETCHING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What rebuilds a model (name and arguments; None for a model of the user's own) and what its outputs mean.
+    """What rebuilds a model (name, arguments, expansions; no name for one of the user's own) and what it gives.
 
     Raises:
         CheckpointError: Its class names are not as many as its classes.
@@ -47,6 +50,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "model": vars(model).get("model_name"),
         "args": args,
         "form": form_of(model),
+        "expansions": list(recipe_of(model)),
         "classes": list(classes) if classes else None,
         "preprocessing": {key: config[key] for key in PREPROCESSING if key in config},
         "dtype": str(dtype_of(model)).removeprefix("torch."),
@@ -81,6 +85,7 @@ def checked(path: Path, about: object) -> dict[str, Any]:
         "model": isinstance(entries.get("model"), str),
         "args": isinstance(entries.get("args"), dict),
         "form": entries.get("form") in ("train", "deploy"),
+        "expansions": is_recipe(entries.get("expansions", [])),
         "classes": "classes" in entries and isinstance(entries["classes"], list | None),
         "preprocessing": isinstance(entries.get("preprocessing"), dict),
     }
@@ -193,14 +198,35 @@ def _pool_name(module: nn.Module) -> str | None:
 def _build(about: Mapping[str, Any], device: str) -> nn.Module:
     """The architecture of a header, with arbitrary weights; torch's random numbers stay as they were."""
     with torch.device(device), torch.random.fork_rng(devices=[]):
-        model = create_model(about["model"], **about["args"])
+        model = _expanded(create_model(about["model"], **about["args"]), about.get("expansions", []))
         if about["form"] == "deploy":
             switch_to_deploy(model.eval())
     return model
 
 
+def _expanded(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """The model after the expansions of a recipe.
+
+    Raises:
+        ConfigurationError: The model has no such convolutions, or this version expands others.
+    """
+    for step in recipe:
+        names = set(step["convolutions"])
+        model, report = expand(model, step["block"], where=partial(_is_among, names), init=step["init"])
+        if different := names.symmetric_difference(row.name for row in report.expanded):
+            reasons = "; ".join(map(str, report.skipped)) or "the model has no convolution of that name"
+            raise ConfigurationError(f"{min(different)!r} is not expanded by {step['block']!r}: {reasons}")
+    return model
+
+
+def _is_among(names: Set[str], name: str, conv: nn.Module) -> bool:
+    return name in names
+
+
 def _architecture(about: Mapping[str, Any]) -> nn.Module:
     """The model of a header, without memory for its weights where it can be built and used like that."""
+    if about.get("expansions"):  # an expansion computes with the weights
+        return _build(about, "cpu")
     try:
         model = _build(about, "meta")
     except RuntimeError:  # it computes with the values of its tensors while it is built

@@ -3,13 +3,15 @@
 import copy
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from repblocks.errors import ConfigurationError
@@ -52,6 +54,48 @@ def profile(model: nn.Module, input_size: tuple[int, ...]) -> Profile:
         macs=counter.get_total_flops() // 2,
         weight_bytes=sum(tensor.nbytes for tensors in (model.parameters(), model.buffers()) for tensor in tensors),
     )
+
+
+class OpCounts(NamedTuple):
+    """Layers that one forward pass runs, as modules or as functions.
+
+    Attributes:
+        convs: Convolutions, transposed ones too; a weight that is used twice counts twice.
+        norms: BatchNorms.
+    """
+
+    convs: int
+    norms: int
+
+
+def count_ops(model: nn.Module, inputs: Tensor | tuple[Any, ...]) -> OpCounts:
+    """Count the convolutions and BatchNorms that run in a forward pass in eval mode. The model is not touched.
+
+    Args:
+        model: Any module.
+        inputs: A tensor, or a tuple of the model's arguments.
+    """
+    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    recorder = _Recorder()
+    twin = copy.deepcopy(model).eval()
+    with torch.no_grad(), recorder:
+        twin(*args)
+    return OpCounts(
+        convs=sum(count for name, count in recorder.calls.items() if "convolution" in name),
+        norms=sum(count for name, count in recorder.calls.items() if "batch_norm" in name),
+    )
+
+
+class _Recorder(TorchDispatchMode):
+    """Counts the operations that torch dispatches, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.name()] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def latency_ms(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from repblocks.errors import VerificationError
 
@@ -77,7 +78,12 @@ class EquivalenceReport:
 
 
 def verify(
-    reference: nn.Module, candidate: Callable[[Tensor], Any], inputs: Tensor, *, scope: Scope = "model"
+    reference: nn.Module,
+    candidate: Callable[..., Any],
+    inputs: Tensor | tuple[Any, ...],
+    *,
+    scope: Scope = "model",
+    tolerance: float | None = None,
 ) -> EquivalenceReport:
     """Compare the outputs of two models on the same inputs by the table of tolerances.
 
@@ -88,8 +94,9 @@ def verify(
     Args:
         reference: What the candidate has to equal. Its coarsest parameter dtype chooses the rule.
         candidate: A module, or any function of the inputs (a runtime that executes an exported file).
-        inputs: ``[N, ...]``, in the dtype and on the device of the models.
+        inputs: ``[N, ...]``, in the dtype and on the device of the models; a tuple is several arguments.
         scope: Column of the table: ``"block"`` for one block, ``"model"`` for a whole network.
+        tolerance: Largest relative error that counts as equal, in place of the table's.
 
     Returns:
         The report; ``raise_if_different`` turns a failed one into an error. Outputs may be a tensor or tuples, lists
@@ -100,25 +107,35 @@ def verify(
             number or shape; there are no inputs; there is no rule for the dtype.
     """
     _refuse_batch_statistics(reference=reference, candidate=candidate)
-    if not len(inputs):
-        raise VerificationError("got no inputs (a batch of 0 images); at least one is needed to compare two models")
+    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    samples = _count_samples(args)
     with _evaluating(reference, candidate), torch.no_grad():
-        expected, got = reference(inputs.clone()), candidate(inputs.clone())
-    dtype = _coarsest_dtype(reference, inputs)
-    if dtype in HALF_PRECISION:
-        rounded, expected = expected, _run_in_float64(reference, inputs)
-        tolerance = HALF_PRECISION_FACTOR * _distance(expected, rounded)[1]
-    else:
-        tolerance = _tolerance(dtype, scope)
-    absolute, relative = _distance(expected, got)
+        expected, got = reference(*_cloned(args)), candidate(*_cloned(args))
+    dtype = _coarsest_dtype(reference, args)
+    if dtype in HALF_PRECISION and tolerance is None:
+        rounded, expected = expected, _run_in_float64(reference, args)
+        tolerance = HALF_PRECISION_FACTOR * distance(expected, rounded)[1]
+    absolute, relative = distance(expected, got)
     return EquivalenceReport(
         dtype=str(dtype).removeprefix("torch."),
         scope=scope,
         max_abs_error=absolute,
         relative_error=relative,
-        tolerance=tolerance,
-        samples=len(inputs),
+        tolerance=_tolerance(dtype, scope) if tolerance is None else tolerance,
+        samples=samples,
     )
+
+
+def _count_samples(args: tuple[Any, ...]) -> int:
+    tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+    samples = len(tensors[0]) if tensors and tensors[0].ndim else 0
+    if not samples:
+        raise VerificationError("got no inputs (a batch of 0 images); at least one is needed to compare two models")
+    return samples
+
+
+def _cloned(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return pytree.tree_map_only(Tensor, torch.clone, args)
 
 
 def block_errors(reference: nn.Module, candidate: nn.Module, inputs: Tensor) -> dict[str, float]:
@@ -200,9 +217,10 @@ def _evaluating(*models: object) -> Generator[None]:
             module.training = mode
 
 
-def _coarsest_dtype(reference: nn.Module, inputs: Tensor) -> torch.dtype:
-    dtypes = {parameter.dtype for parameter in reference.parameters() if parameter.is_floating_point()}
-    return max(dtypes or {inputs.dtype}, key=lambda dtype: torch.finfo(dtype).eps)
+def _coarsest_dtype(reference: nn.Module, args: tuple[Any, ...]) -> torch.dtype:
+    tensors = list(reference.parameters()) or [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    return max(dtypes or {torch.get_default_dtype()}, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _tolerance(dtype: torch.dtype, scope: Scope) -> float:
@@ -212,13 +230,17 @@ def _tolerance(dtype: torch.dtype, scope: Scope) -> float:
     return TOLERANCES[dtype][scope]
 
 
-def _run_in_float64(reference: nn.Module, inputs: Tensor) -> Any:
+def _run_in_float64(reference: nn.Module, args: tuple[Any, ...]) -> Any:
     exact = copy.deepcopy(reference).cpu().double().eval()
+
+    def widened(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype)
+
     with torch.no_grad():
-        return exact(inputs.detach().cpu().double())
+        return exact(*pytree.tree_map_only(Tensor, widened, args))
 
 
-def _distance(expected: Any, got: Any) -> tuple[float, float]:
+def distance(expected: Any, got: Any) -> tuple[float, float]:
     """Largest absolute and relative error over the tensors of two outputs."""
     pairs = [_errors(*pair) for pair in _pairs(expected, got)]
     return max(pair[0] for pair in pairs), max(pair[1] for pair in pairs)

@@ -19,6 +19,7 @@ from repblocks.errors import ConfigurationError
 from repblocks.training import DataConfig, ImageData, model_from_checkpoint, readable_errors
 from repblocks.training.console import quiet_lightning, summary_table
 from repblocks.training.evaluation import require_fit
+from repblocks.training.expansion import contracted
 from repblocks.training.pipeline import VERIFIED_IMAGES
 from repblocks.training.summary import Summary, measure
 from repblocks.verification import verify
@@ -55,7 +56,7 @@ def validate(path: Path, overrides: Sequence[str] = ()) -> Summary:
     forms: dict[str, nn.Module] = {form_of(model): model.eval()}
     report = None
     if "train" in forms:
-        forms["deploy"] = deployed(model)
+        forms["deploy"] = deployed(contracted(model))
         report = verify(model, forms["deploy"], data.test_images(VERIFIED_IMAGES))
     return Summary(model=model.model_name, data=data.config.name, forms=measure(forms, data), equivalence=report)
 

@@ -3,13 +3,14 @@ import copy
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from support import calibrate
 from torch import nn
 
 from repblocks.blocks import deployed
 from repblocks.errors import ConfigurationError
 from repblocks.models import create_model
-from repblocks.profiling import Profile, latency_ms, profile
+from repblocks.profiling import Profile, count_ops, latency_ms, profile
 
 
 def net():
@@ -62,6 +63,37 @@ def test_tied_weights_count_once():
     model = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1, bias=False))
     model[1].weight = model[0].weight
     assert profile(model, (3, 4, 5)) == Profile(params=9, macs=2 * 9 * 20, weight_bytes=36)
+
+
+class Calls(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.unused = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.up = nn.ConvTranspose2d(3, 3, 2)
+
+    def forward(self, x, scale=1.0):
+        x = self.conv(self.conv(x))
+        x = F.conv2d(x, self.conv.weight)
+        x = F.batch_norm(x, self.norm.running_mean, self.norm.running_var)
+        return scale * self.up(self.norm(x))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_layers_are_counted_as_often_as_they_run(grad):
+    model = Calls()
+    before = copy.deepcopy(model.state_dict())
+    with torch.set_grad_enabled(grad):
+        assert count_ops(model, torch.randn(1, 3, 11, 13)) == (4, 2)
+        assert count_ops(model, (torch.randn(1, 3, 11, 13), 2.0)) == (4, 2)
+    assert model.training
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_deploy_form_runs_one_convolution_for_each_block():
+    model = create_model("rb_repvgg_cifar", depths=[1, 1, 1], widths=[8, 8, 8]).eval()
+    images = torch.randn(1, 3, 32, 32)
+    assert count_ops(deployed(model), images) == (4, 0)
+    assert count_ops(model, images).norms == sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
 def test_slower_functions_take_longer():

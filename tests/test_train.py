@@ -1,5 +1,8 @@
+import contextlib
+import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from repblocks.checkpoint import load
+from repblocks.training import model_from_checkpoint
+from repblocks.training.shares import shares_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,6 +64,31 @@ def test_a_sweep_runs_the_jobs_after_one_that_fails(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "ConfigurationError" in done.stderr
     assert len(list(tmp_path.rglob("summary.json"))) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_end_as_one_does_and_log_the_shares_of_the_first(tmp_path: Path) -> None:
+    model = (
+        "+model.args.depths=[1,1,1]",
+        "+model.args.widths=[8,8,8]",
+        "trainer=ddp",
+        "trainer.accelerator=cpu",
+        "trainer.devices=2",
+    )
+    brief = ("trainer.max_epochs=1", "trainer.limit_train_batches=2", "export.formats=[]", "branch_shares=true")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(ROOT / "train.py"), *model, *brief, "hydra.run.dir=run"]
+    with (tmp_path / "said.txt").open("w") as said:
+        done = subprocess.Popen(command, cwd=tmp_path, stdout=said, stderr=said, start_new_session=True)
+        try:
+            assert done.wait(timeout=240) == 0, (tmp_path / "said.txt").read_text()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(done.pid, signal.SIGKILL)
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        logged = next(row for row in csv.DictReader(file) if row["share/stem.conv/kxk"])
+    trained = shares_of(model_from_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt"))
+    assert {key: float(logged[key]) for key in trained} == pytest.approx(trained, rel=1e-6)
 
 
 def test_help_explains_groups_and_shows_examples(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from omegaconf import OmegaConf
 
 from repblocks.checkpoint import save
 from repblocks.errors import CheckpointError, ConfigurationError, DataError
+from repblocks.graph.expand import expand
+from repblocks.models import create_model
 from repblocks.training import model_from_checkpoint, run
 from repblocks.training.console import quiet_lightning
 
@@ -59,6 +61,15 @@ def test_a_deploy_file_is_measured_in_deploy_form(script: Any, finished: Path) -
 def test_a_saved_train_form_is_measured_in_both_forms(script: Any, finished: Path, tmp_path: Path) -> None:
     save(model_from_checkpoint(finished / CHECKPOINT), tmp_path / "train.safetensors")
     assert list(script.validate(tmp_path / "train.safetensors").forms) == ["train", "deploy"]
+
+
+def test_an_expanded_model_is_measured_beside_the_plain_one_that_it_is(script: Any, tmp_path: Path) -> None:
+    plain = create_model("test_resnet", num_classes=10, in_chans=1)
+    save(expand(plain, "acb").model.eval(), tmp_path / "expanded.safetensors")
+    summary = script.validate(tmp_path / "expanded.safetensors", ["data.image_size=32"])
+    assert list(summary.forms) == ["train", "deploy"]
+    assert summary.forms["deploy"].params == sum(parameter.numel() for parameter in plain.parameters())
+    assert summary.equivalence.passed
 
 
 def test_images_are_prepared_as_in_training_unless_told_otherwise(script: Any, finished: Path) -> None:

@@ -23,6 +23,7 @@ from repblocks.blocks.repunit import RepUnit
 from repblocks.blocks.repvgg import RepVGGConv
 from repblocks.blocks.repvgg_block import RepVGGBlock
 from repblocks.blocks.repvit import RepViTConv
+from repblocks.blocks.shares import branch_shares
 
 __all__ = [
     "BLOCKS",
@@ -50,6 +51,7 @@ __all__ = [
     "RepVGGBlock",
     "RepVGGConv",
     "RepViTConv",
+    "branch_shares",
     "deployed",
     "form_of",
     "options_of",

@@ -91,7 +91,7 @@ class RepConv(RepBlock, ABC):
 
     def __init__(self, branches: nn.Module, in_channels: int | None = None) -> None:
         super().__init__()
-        value = fold(_copied(branches, _on_meta).eval(), in_channels).promote(2)
+        value = fold(copied(branches, _on_meta).eval(), in_channels).promote(2)
         self.in_channels, self.out_channels = value.in_channels, value.out_channels
         self.kernel_size, self.stride, self.padding = value.kernel_size, value.stride, value.padding
         self.dilation, self.groups, self.padding_mode = value.dilation, value.groups, value.padding_mode
@@ -151,7 +151,7 @@ def _have_branches(keys: Iterable[Sequence[str]]) -> bool:
 
 def folded(module: nn.Module, in_channels: int | None = None) -> AffineConv:
     """Fold an eval-mode copy in float64 on the CPU; the module is not touched."""
-    return fold(_copied(module, _in_float64).eval(), in_channels)
+    return fold(copied(module, in_float64).eval(), in_channels)
 
 
 def as_module(value: AffineConv, *, like: nn.Module) -> nn.Module:
@@ -163,7 +163,7 @@ def as_module(value: AffineConv, *, like: nn.Module) -> nn.Module:
     tensors = [tensor for tensor in (*like.parameters(), *like.buffers()) if tensor.is_floating_point()]
     model = tensors[0] if tensors else torch.empty(0)
     module = value.to_module(device=model.device, dtype=model.dtype)
-    if not all(parameter.is_meta or _is_finite(parameter.detach()) for parameter in module.parameters()):
+    if not all(parameter.is_meta or is_finite(parameter.detach()) for parameter in module.parameters()):
         raise FoldError(
             f"{value!r} folds to values that are not finite in {model.dtype}; "
             "look for NaN or infinite weights and BatchNorm statistics, or deploy in a wider dtype"
@@ -172,14 +172,17 @@ def as_module(value: AffineConv, *, like: nn.Module) -> nn.Module:
     return module.train(like.training).requires_grad_(not frozen)
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity, in one pass."""
     return all(extreme.isfinite() for extreme in tensor.aminmax())
 
 
-def _copied(module: nn.Module, place: Callable[[Tensor], Tensor]) -> nn.Module:
+def copied(module: nn.Module, place: Callable[[Tensor], Tensor]) -> nn.Module:
     """A deep copy whose parameters and buffers are ``place``'d instead of copied."""
     memo: dict[int, object] = {id(p): nn.Parameter(place(p.detach()), p.requires_grad) for p in module.parameters()}
     memo |= {id(b): place(b) for b in module.buffers()}
+    calculated = [value for child in module.modules() for value in vars(child).values()]
+    memo |= {id(t): place(t.detach()) for t in calculated if isinstance(t, Tensor) and not t.is_leaf}
     return copy.deepcopy(module, memo)
 
 
@@ -187,7 +190,8 @@ def _on_meta(tensor: Tensor) -> Tensor:
     return tensor.to("meta")
 
 
-def _in_float64(tensor: Tensor) -> Tensor:
+def in_float64(tensor: Tensor) -> Tensor:
+    """Real numbers in float64 on the CPU; on the meta device they stay there, and integers integers."""
     device = tensor.device if tensor.device.type == "meta" else "cpu"
     return tensor.to(device, torch.float64 if tensor.is_floating_point() else tensor.dtype)
 
@@ -198,7 +202,7 @@ def require_collapsible(block: RepBlock) -> None:
     Raises:
         FoldError: The block would not fold.
     """
-    _copied(block, _on_meta).eval().deploy_children()  # pyright: ignore[reportCallIssue]
+    copied(block, _on_meta).eval().deploy_children()  # pyright: ignore[reportCallIssue]
 
 
 def switch_to_deploy(model: nn.Module) -> None:

@@ -210,7 +210,7 @@ class AffineConv:
         """
         if not self.rank:
             return filled(*_to_linear_module(self), self.bias, device, dtype)
-        even = _with_symmetric_padding(self)
+        even = with_symmetric_padding(self)
         with torch.device("meta"):
             module = CONV_CLASSES[even.rank](
                 even.in_channels,
@@ -257,7 +257,8 @@ def _module_padding(module: ConvNd) -> tuple[Pair, ...]:
     return tuple((p, p) for p in module.padding)
 
 
-def _with_symmetric_padding(conv: AffineConv) -> AffineConv:
+def with_symmetric_padding(conv: AffineConv) -> AffineConv:
+    """The same convolution with equal padding on both sides, as torch's modules have it: zero taps on the shorter."""
     missing = tuple((max(after - before, 0), max(before - after, 0)) for before, after in conv.padding)
     return grow(conv, missing)
 

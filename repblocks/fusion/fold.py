@@ -65,6 +65,11 @@ class Fold:
 
         return remember
 
+    def applies_to(self, module: nn.Module) -> bool:
+        """Whether a rule holds for a module, hooks aside: its class has one, and its forward is that class's."""
+        cls = self._ruled_class(module)
+        return cls is not None and not overridden_methods(module, cls)
+
     def channels_read(self, module: nn.Module) -> int | None:
         """Channels of a module's input, as far as it knows them."""
         cls = self._ruled_class(module)

@@ -168,6 +168,8 @@ def _correlated_kernels(first: AffineConv, second: AffineConv) -> tuple[Tensor, 
         d1 // d if k > 1 else 1 for k, d1, d in zip(first.kernel_size, first.dilation, dilation, strict=True)
     )
     slide = tuple(step // d if k > 1 else 1 for k, step, d in zip(second.kernel_size, steps, dilation, strict=True))
+    if not any(first.reach):
+        return _mixed_channels(first, second, groups), dilation
     margin = tuple((k - 1) * step for k, step in zip(second.kernel_size, slide, strict=True))
     correlate = (F.conv1d, F.conv2d, F.conv3d)[first.rank - 1]
     spatial = tuple(range(2, second.weight.ndim))
@@ -180,6 +182,15 @@ def _correlated_kernels(first: AffineConv, second: AffineConv) -> tuple[Tensor, 
             groups=groups,
         )
     return product.transpose(0, 1), dilation
+
+
+def _mixed_channels(first: AffineConv, second: AffineConv, groups: int) -> Tensor:
+    """The second kernel over the channels in front of a first one of a single tap."""
+    taps = second.weight.flatten(2).unflatten(0, (groups, -1))
+    mix = first.weight.flatten(1).unflatten(0, (groups, -1))
+    with _full_precision(taps):
+        product = torch.einsum("gomt,gmi->goit", taps, mix)
+    return product.flatten(0, 1).unflatten(2, second.kernel_size)
 
 
 def _full_precision(tensor: Tensor) -> AbstractContextManager[object]:

@@ -19,6 +19,7 @@ from repblocks.models.registry import carry, create_model
 from repblocks.names import known_name
 from repblocks.training.console import EpochBar, EpochLines, is_sweep
 from repblocks.training.data import ImageData
+from repblocks.training.shares import BranchShares
 from repblocks.training.task import ClassificationTask
 
 Config = Mapping[str, Any]
@@ -85,7 +86,7 @@ def make_trainer(config: Config, folder: Path) -> pl.Trainer:
     _require_whole_epochs(settings)
     _require_validated_epochs(settings)
     bar = settings.pop("enable_progress_bar") and get_console().is_terminal
-    callbacks: list[Callback] = [_checkpoints(folder), EpochLines(), *([EpochBar()] if bar else [])]
+    callbacks: list[Callback] = [_checkpoints(folder), EpochLines(), *_shares(config), *([EpochBar()] if bar else [])]
     loggers = make_loggers(config["logger"], folder)
     fixed: dict[str, Any] = {"default_root_dir": folder, "enable_progress_bar": bar, "enable_model_summary": False}
     try:
@@ -143,6 +144,13 @@ class LatestBest(ModelCheckpoint):
         """Whether the epoch that gave ``current`` is to be kept."""
         tied = current is not None and self.best_model_score is not None and bool(current == self.best_model_score)
         return tied or super().check_monitor_top_k(trainer, current)
+
+
+def _shares(config: Config) -> list[Callback]:
+    wanted = config["branch_shares"]
+    if not isinstance(wanted, bool):
+        raise ConfigurationError(f"branch_shares={wanted} needs to be true or false")
+    return [BranchShares()] if wanted else []
 
 
 def _checkpoints(folder: Path) -> ModelCheckpoint:

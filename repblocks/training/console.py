@@ -116,9 +116,10 @@ class EpochLines(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the epoch's metrics, on the first process."""
+        # Reading a metric averages it over all processes, so each has to read.
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not trainer.is_global_zero:
             return
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         validated = f"  val {metrics['val/accuracy']:6.2%}" if "val/accuracy" in metrics else ""
         get_console().print(
             f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}"

@@ -1,5 +1,6 @@
 """A training run, from configuration to verified deploy files."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from torch import nn
 from repblocks.blocks.base import deployed, form_of
 from repblocks.errors import CheckpointError, ConfigurationError
 from repblocks.export import FORMATS, check_formats, export, installed_formats
+from repblocks.graph.expansion_report import ExpansionReport
+from repblocks.graph.recipe import recipe_of
 from repblocks.training.build import Config, make_model, make_task, make_trainer, require_output
 from repblocks.training.console import interruptible, quiet_lightning, shortest, summary_table, written_files
 from repblocks.training.data import DataConfig, ImageData
+from repblocks.training.expansion import contracted, expanded, remarks_on
 from repblocks.training.restore import model_from_checkpoint
 from repblocks.training.summary import Stopwatch, Summary, measure, versions
 from repblocks.verification import verify
@@ -41,11 +45,11 @@ def run(config: Config, folder: Path) -> Summary | None:
     clock = Stopwatch()
     with clock("data"):
         data = ImageData(DataConfig.of(config["data"]))
-    model = make_model(config["model"], data)
+    model, expansion = expanded(make_model(config["model"], data), config["model"]["expand"])
     require_output(model, data)
     trainer = make_trainer(config, folder)
     task = make_task(config, model, data, trainer)
-    announce(config, model, data, trainer, folder)
+    announce(config, data, trainer, folder, remarks(config, model, expansion))
     with interruptible(folder):
         with clock("fit"):
             trainer.fit(task, datamodule=data)
@@ -69,16 +73,17 @@ def chosen_formats(config: Config) -> list[str]:
     return installed_formats() if formats is None else formats
 
 
-def remarks(config: Config, model: nn.Module) -> list[str]:
-    """What users should know before they wait: nothing to collapse, or a format whose packages are missing."""
-    found = [] if form_of(model) == "train" else ["no block of this model collapses, so both its forms are the same"]
+def remarks(config: Config, model: nn.Module, expansion: ExpansionReport | None) -> list[str]:
+    """What users should know before they wait: what is expanded, nothing to collapse, formats without packages."""
+    found = [] if expansion is None else remarks_on(expansion)
+    found += [] if form_of(model) == "train" else ["no block of this model collapses, so both its forms are the same"]
     if config["export"]["formats"] is None:
         left_out = FORMATS.keys() - set(installed_formats())
         found += [f"{name} is not exported: pip install 'repblocks[export]'" for name in sorted(left_out)]
     return found
 
 
-def announce(config: Config, model: nn.Module, data: ImageData, trainer: pl.Trainer, folder: Path) -> None:
+def announce(config: Config, data: ImageData, trainer: pl.Trainer, folder: Path, notes: Iterable[str]) -> None:
     """Say what is about to be trained, on the first process."""
     if trainer.is_global_zero:
         images = ", ".join(f"{count:,} {part}" for part, count in data.splits.sizes().items())
@@ -87,7 +92,7 @@ def announce(config: Config, model: nn.Module, data: ImageData, trainer: pl.Trai
         get_console().print(
             f"{config['model']['name']} on {data.config.name} ({images} images) on {devices}",
             f"run folder: {shortest(folder)}",
-            *remarks(config, model),
+            *notes,
             sep="\n",
             highlight=False,
             markup=False,
@@ -96,7 +101,7 @@ def announce(config: Config, model: nn.Module, data: ImageData, trainer: pl.Trai
 
 
 def conclude(config: Config, data: ImageData, trainer: pl.Trainer, folder: Path, clock: Stopwatch) -> Summary:
-    """Collapse the best checkpoint, prove the forms equal, measure both, export, and write ``summary.json``.
+    """Contract, collapse, verify, measure and export the best checkpoint, and write ``summary.json``.
 
     Raises:
         CheckpointError: Training wrote no checkpoint.
@@ -106,14 +111,16 @@ def conclude(config: Config, data: ImageData, trainer: pl.Trainer, folder: Path,
     train_form = model_from_checkpoint(best)
     images = data.test_images(VERIFIED_IMAGES)
     with clock("collapse and verify"):
-        deploy_form = deployed(train_form)
+        plain = contracted(train_form)
+        deploy_form = deployed(plain)
         report = verify(train_form, deploy_form, images)
         report.raise_if_different("the deploy form")
     with clock("test"):
         forms = measure({"train": train_form, "deploy": deploy_form}, data, trainer.strategy.root_device)
     with clock("export"):
-        export(train_form, folder / "deploy", formats=chosen_formats(config), inputs=images)
+        export(plain, folder / "deploy", formats=chosen_formats(config), inputs=images)
     details = {
+        "expansions": list(recipe_of(train_form)),
         "classes": len(data.class_names),
         "images": data.splits.sizes(),
         "seed": config["seed"],

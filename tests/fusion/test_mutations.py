@@ -137,7 +137,7 @@ MUTANTS = {
         (laws.pad_kernel_changes_nothing, grown_kernels()),
     ),
     "asymmetric padding is cut": (
-        (affine_conv, "_with_symmetric_padding", lambda conv: conv),
+        (affine_conv, "with_symmetric_padding", lambda conv: conv),
         (laws.pad_kernel_changes_nothing, grown_kernels()),
     ),
     "the identity is all ones": (

@@ -91,8 +91,8 @@ def test_other_models_run_the_same_way(configure: Any, tiny: Any, tmp_path: Path
 
 def test_a_model_without_blocks_is_said_to_have_one_form(configure: Any) -> None:
     said = "no block of this model collapses, so both its forms are the same"
-    assert remarks(configure("export.formats=[]"), nn.Conv2d(1, 1, 1)) == [said]
-    assert remarks(configure("export.formats=[]"), create_model("rb_repvgg_cifar")) == []
+    assert remarks(configure("export.formats=[]"), nn.Conv2d(1, 1, 1), None) == [said]
+    assert remarks(configure("export.formats=[]"), create_model("rb_repvgg_cifar"), None) == []
 
 
 def test_images_from_folders_run_the_same_way(tiny: Any, image_folder: Path, tmp_path: Path) -> None:
