@@ -98,7 +98,7 @@ class Analysis:
         if found:
             size = self.values[read].shape
             macs = 0 if not counts else size.numel() if atom.is_diagonal else price(atom, size, axis).macs
-            self.learn(node, found, Cost(macs, weights, 1))
+            self.learn(node, [*self.forms.get(node, []), *found], Cost(macs, weights, 1))
 
     def inputs(self, node: fx.Node) -> list[fx.Node]:
         """The tensors that a linear node reads, behind the tuples of chunk and split."""

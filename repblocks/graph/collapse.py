@@ -143,6 +143,8 @@ def require_plain(model: Any) -> None:
 def _unreadable(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "is scripted, so its code cannot be read; collapse the nn.Module that it was made from, then script that"
+    if type(module).__name__ == "OptimizedModule":
+        return "is compiled, so its code cannot be read; collapse model._orig_mod, then compile that"
     if "quantized" in type(module).__module__.split("."):
         return "is quantized, and quantized weights do not merge exactly; collapse first, then quantize"
     if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None:

@@ -1,6 +1,6 @@
 """What each linear layer, function and method means for the forms of its result."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -95,7 +95,7 @@ def _pass_on(analysis: Analysis, node: fx.Node, read: Any) -> None:
 
 
 def _copy(analysis: Analysis, node: fx.Node) -> None:
-    _pass_on(analysis, node, node.args[0])
+    _pass_on(analysis, node, node.all_input_nodes[0])
 
 
 def _dropout(analysis: Analysis, node: fx.Node) -> None:
@@ -196,7 +196,7 @@ def _divided(analysis: Analysis, node: fx.Node) -> None:
 
 
 def _negated(analysis: Analysis, node: fx.Node) -> None:
-    _scaled(analysis, node, node.args[0], -1.0, lambda number: number)
+    _scaled(analysis, node, node.all_input_nodes[0], -1.0, lambda number: number)
 
 
 def _operands(node: fx.Node) -> tuple[Any, Any]:
@@ -240,44 +240,44 @@ def _shifted(analysis: Analysis, node: fx.Node, tensor: Any, factor: float, cons
         if node in analysis.costs:
             analysis.costs[node] = Cost(passes=1)
         return
-    axis = _channel_axis(analysis, node, tensor, constant)
-    if axis is None:
-        return
-    channels = analysis.values[node].shape[axis]
+    for axis in _channel_axes(analysis, node, tensor, constant):
+        build = partial(_shift, analysis.values[node].shape[axis], factor, sign)
+        analysis.chain(node, tensor, analysis.lazily(build, constant), axis)
 
-    def build(number: Any) -> AffineConv:
-        bias = sign * _per_channel(number, channels)
-        weight = torch.full((channels, 1), factor, dtype=FLOAT64, device=bias.device)
-        return AffineConv(weight=weight, bias=bias, groups=channels)
 
-    analysis.chain(node, tensor, analysis.lazily(build, constant), axis)
+def _shift(channels: int, factor: float, sign: float, number: Any) -> AffineConv:
+    bias = sign * _per_channel(number, channels)
+    weight = torch.full((channels, 1), factor, dtype=FLOAT64, device=bias.device)
+    return AffineConv(weight=weight, bias=bias, groups=channels)
 
 
 def _scaled(analysis: Analysis, node: fx.Node, tensor: Any, constant: Any, factor: Callable[[Any], Any]) -> None:
     """``factor(constant) * tensor``."""
-    axis = _channel_axis(analysis, node, tensor, constant)
-    if axis is None:
-        return
-    channels = analysis.values[node].shape[axis]
-    atom = analysis.lazily(lambda number: scale(_per_channel(factor(number), channels)), constant)
-    analysis.chain(node, tensor, atom, axis, weights=_numel(analysis, constant))
+    for axis in _channel_axes(analysis, node, tensor, constant):
+        build = partial(_scale, analysis.values[node].shape[axis], factor)
+        weights = _numel(analysis, constant)
+        analysis.chain(node, tensor, analysis.lazily(build, constant), axis, weights=weights)
+
+
+def _scale(channels: int, factor: Callable[[Any], Any], number: Any) -> AffineConv:
+    return scale(_per_channel(factor(number), channels))
 
 
 def _numel(analysis: Analysis, constant: Any) -> int:
     return analysis.values[constant].numel() if isinstance(constant, fx.Node) else 0
 
 
-def _channel_axis(analysis: Analysis, node: fx.Node, tensor: Any, constant: Any) -> int | None:
-    """The axis along which a constant varies; the first possible one if it does not; None if it is not per channel."""
+def _channel_axes(analysis: Analysis, node: fx.Node, tensor: Any, constant: Any) -> Sequence[int]:
+    """Where a constant varies from channel to channel; anywhere if it is one number; nowhere if it varies otherwise."""
     known = isinstance(constant, int | float) or (isinstance(constant, fx.Node) and constant in analysis.constants)
     if not known or not analysis.is_tensor(tensor) or analysis.values[tensor].shape != analysis.values[node].shape:
-        return None
+        return ()
     size = analysis.values[node].shape
     if isinstance(constant, int | float) or analysis.values[constant].numel() == 1:
-        return next(iter(analysis.axes(node)), None)
+        return analysis.axes(node)
     shape = analysis.values[constant].shape
     varying = [axis - len(shape) + len(size) for axis, count in enumerate(shape) if count > 1]
-    return varying[0] if len(varying) == 1 and varying[0] in analysis.axes(node) else None
+    return varying if len(varying) == 1 and varying[0] in analysis.axes(node) else ()
 
 
 def _per_channel(number: Any, channels: int) -> Tensor:

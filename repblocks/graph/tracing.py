@@ -74,12 +74,9 @@ class Trace:
         place = {node: at for at, node in enumerate(self.nodes)}
         found = set[fx.Node]()
         for call in self.calls[1:]:
-            span, given, result = (
-                range(call.start, call.stop),
-                nodes_in((call.args, call.kwargs)),
-                nodes_in(call.result),
-            )
-            found |= {n for n in given if n not in result and not any(place[user] in span for user in n.users)}
+            span, result = range(call.start, call.stop), nodes_in(call.result)
+            given = nodes_in((call.args, call.kwargs)) if span else []
+            found |= {n for n in given if not any(place[user] in span for user in n.users)}
             found |= {n for n in result if place[n] in span and all(place[user] in span for user in n.users)}
         return found
 

@@ -30,7 +30,7 @@ def view(analysis: Analysis, node: fx.Node) -> None:
 
 def _viewed(analysis: Analysis, node: fx.Node) -> fx.Node | None:
     """The tensor that a view is of, behind the tuples that chunk and split return."""
-    base = node.args[0]
+    base = node.all_input_nodes[0] if node.all_input_nodes else None
     while isinstance(base, fx.Node) and isinstance(analysis.values.get(base), tuple | list):
         base = base.args[0] if base.target in ops.VIEWS else None
     return base if analysis.is_tensor(base) else None
@@ -112,6 +112,4 @@ def _pooled(analysis: Analysis, node: fx.Node, base: fx.Node) -> None:
     else:
         return
     if atom.shape.rank == len(size) - 2:
-        known = analysis.forms.get(node, [])
         analysis.chain(node, base, atom, 1)
-        analysis.learn(node, known + analysis.forms.get(node, []), Cost(passes=1))
