@@ -49,6 +49,7 @@ from repblocks.errors import (
     RepblocksError,
     VerificationError,
 )
+from repblocks.expansion import Expanded, ExpandedConv, contract, expand
 from repblocks.export import export
 from repblocks.fusion import (
     AffineConv,
@@ -68,7 +69,7 @@ from repblocks.fusion import (
     to_matrix,
     ungroup,
 )
-from repblocks.graph import Collapsed, CollapseReport, Expanded, ExpandedConv, collapse, contract, expand
+from repblocks.graph import Collapsed, CollapseReport, collapse
 from repblocks.models import create_model, list_models
 from repblocks.profiling import profile
 from repblocks.spectra import kernel_report, linear_operator, spectral_norm, spectrum

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from repblocks.blocks.base import form_of, switch_to_deploy
 from repblocks.errors import CheckpointError, ConfigurationError
-from repblocks.graph.expand import expand
-from repblocks.graph.recipe import Recipe, is_recipe, recipe_of
+from repblocks.expansion.expand import expand
+from repblocks.expansion.recipe import Recipe, is_recipe, recipe_of
 from repblocks.models.registry import Model, carry, create_model
 
 #: Raised by one whenever an older repblocks could not read the file any more.

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from repblocks.checkpoint import save
 from repblocks.errors import CheckpointError, ConfigurationError, DataError
-from repblocks.graph.expand import expand
+from repblocks.expansion.expand import expand
 from repblocks.models import create_model
 from repblocks.training import model_from_checkpoint, run
 from repblocks.training.console import quiet_lightning

@@ -1,9 +1,10 @@
-"""Arbitrary models: collapse what is linear in them, expand what is plain, and contract that again."""
+"""Arbitrary models: read their graph, and collapse what is linear in it.
+
+A tensor's way: `tracing` a flat graph, `rules` what each operation means for the `forms` of its result, `plan` the
+cheapest way through a region, `edits` and `rewriting` of a copy, `proof` that it equals the model.
+"""
 
 from repblocks.graph.collapse import Collapsed, collapse
-from repblocks.graph.contract import contract
-from repblocks.graph.expand import Expanded, expand
-from repblocks.graph.expanded import ExpandedConv
 from repblocks.graph.report import CollapseReport
 
-__all__ = ["CollapseReport", "Collapsed", "Expanded", "ExpandedConv", "collapse", "contract", "expand"]
+__all__ = ["CollapseReport", "Collapsed", "collapse"]

@@ -35,19 +35,19 @@ def apply(node: fx.Node, model: nn.Module, args: Any, kwargs: Any) -> Any:
             return attribute(model, target)
         case "call_module":
             module = model.get_submodule(target)
-            return torch.empty_like(args[0]) if _only_normalises(module, args) else module(*args, **kwargs)
+            return torch.empty_like(args[0]) if _only_normalises(module, *args) else module(*args, **kwargs)
         case "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
-        case _ if target is F.batch_norm and args[0].is_meta:
+        case _ if target is F.batch_norm and args and args[0].is_meta:
             return torch.empty_like(args[0])
         case _:
             return target(*args, **kwargs)
 
 
-def _only_normalises(module: nn.Module, args: Any) -> bool:
+def _only_normalises(module: nn.Module, *args: Any) -> bool:
     """Whether a BatchNorm of torch's runs for the shape of its result, which torch is slow to tell."""
-    plain = type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    return plain and args[0].is_meta and not has_forward_hooks(module)
+    plain = type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and not has_forward_hooks(module)
+    return plain and len(args) == 1 and args[0].is_meta
 
 
 def attribute(model: nn.Module, path: str) -> Any:

@@ -32,7 +32,7 @@ def _viewed(analysis: Analysis, node: fx.Node) -> fx.Node | None:
     """The tensor that a view is of, behind the tuples that chunk and split return."""
     base = node.all_input_nodes[0] if node.all_input_nodes else None
     while isinstance(base, fx.Node) and isinstance(analysis.values.get(base), tuple | list):
-        base = base.args[0] if base.target in ops.VIEWS else None
+        base = base.all_input_nodes[0] if base.target in ops.VIEWS and base.all_input_nodes else None
     return base if analysis.is_tensor(base) else None
 
 

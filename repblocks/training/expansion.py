@@ -8,10 +8,10 @@ from torch import nn
 
 from repblocks.blocks import BLOCKS
 from repblocks.errors import ConfigurationError
-from repblocks.graph.contract import contract
-from repblocks.graph.expand import expand
-from repblocks.graph.expansion_report import ExpansionReport
-from repblocks.graph.recipe import recipe_of
+from repblocks.expansion.contract import contract
+from repblocks.expansion.expand import expand
+from repblocks.expansion.recipe import recipe_of
+from repblocks.expansion.report import ExpansionReport
 from repblocks.names import known_name
 
 REASONS_SHOWN, NAMES_SHOWN = 4, 3

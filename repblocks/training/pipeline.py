@@ -11,9 +11,9 @@ from torch import nn
 
 from repblocks.blocks.base import deployed, form_of
 from repblocks.errors import CheckpointError, ConfigurationError
+from repblocks.expansion.recipe import recipe_of
+from repblocks.expansion.report import ExpansionReport
 from repblocks.export import FORMATS, check_formats, export, installed_formats
-from repblocks.graph.expansion_report import ExpansionReport
-from repblocks.graph.recipe import recipe_of
 from repblocks.training.build import Config, make_model, make_task, make_trainer, require_output
 from repblocks.training.console import interruptible, quiet_lightning, shortest, summary_table, written_files
 from repblocks.training.data import DataConfig, ImageData

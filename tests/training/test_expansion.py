@@ -14,10 +14,10 @@ from repblocks.blocks.base import deployed, form_of
 from repblocks.calibration import calibrate
 from repblocks.checkpoint import load, save
 from repblocks.errors import CheckpointError, ConfigurationError
-from repblocks.graph.contract import contract
-from repblocks.graph.expand import expand
-from repblocks.graph.expanded import ExpandedConv
-from repblocks.graph.recipe import recipe_of
+from repblocks.expansion.contract import contract
+from repblocks.expansion.expand import expand
+from repblocks.expansion.expanded import ExpandedConv
+from repblocks.expansion.recipe import recipe_of
 from repblocks.header import describe
 from repblocks.models.registry import create_model
 from repblocks.training.expansion import expanded, remarks_on

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from repblocks.errors import ConfigurationError
-from repblocks.graph.expanded import Norm
+from repblocks.expansion.expanded import Norm
 
 
 class _Moments:

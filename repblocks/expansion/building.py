@@ -12,12 +12,12 @@ from repblocks.blocks import RepConv
 from repblocks.blocks.base import folded
 from repblocks.calibration import batch_norms
 from repblocks.errors import ConfigurationError, FoldError, VerificationError
+from repblocks.expansion.expanded import ExpandedConv, Norm, Original, after_norm, normalisation_of, on_meta
+from repblocks.expansion.fitting import deviation
+from repblocks.expansion.preserve import CannotExpandError, preserve
+from repblocks.expansion.report import ExpandedRow, Init, Preserved
+from repblocks.expansion.sites import Site
 from repblocks.fusion import AffineConv, Sum, fold
-from repblocks.graph.expanded import ExpandedConv, Norm, Original, after_norm, normalisation_of, on_meta
-from repblocks.graph.expansion_report import ExpandedRow, Init, Preserved
-from repblocks.graph.fitting import deviation
-from repblocks.graph.preserve import CannotExpandError, preserve
-from repblocks.graph.sites import Site
 from repblocks.verification import HALF_PRECISION, TOLERANCES
 
 Make = Callable[..., RepConv]

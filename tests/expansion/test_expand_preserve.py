@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from blocks.claims import identify, refused
-from graph.expand_cases import (
+from expansion.expand_cases import (
     EXACT,
     Net,
     assert_comes_back,
@@ -24,8 +24,8 @@ from torch import nn
 
 import repblocks as rb
 from repblocks.calibration import batch_norms, randomise
-from repblocks.graph.expand import expand
-from repblocks.graph.expanded import ExpandedConv
+from repblocks.expansion.expand import expand
+from repblocks.expansion.expanded import ExpandedConv
 
 # Its shortcut has no BatchNorm of its own, and nothing in front of a BatchNorm takes it back.
 NEVER_PRESERVED = {"repmixer"}

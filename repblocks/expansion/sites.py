@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from repblocks.blocks import RepBlock
+from repblocks.expansion.expanded import Norm, is_norm, on_meta
 from repblocks.fusion.faithful import has_forward_hooks, is_faithful
-from repblocks.graph.expanded import Norm, is_norm, on_meta
 from repblocks.graph.tracing import Trace, is_layer, trace
 
 _UNCALLED = "no traced code calls it"

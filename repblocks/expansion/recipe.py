@@ -5,8 +5,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from repblocks.graph.expanded import ExpandedConv
-from repblocks.graph.expansion_report import ExpansionReport
+from repblocks.expansion.expanded import ExpandedConv
+from repblocks.expansion.report import ExpansionReport
 
 Recipe = Sequence[dict[str, Any]]
 """One dict per call of `expand`: ``block`` and ``init`` as given, and the names of its ``convolutions``."""

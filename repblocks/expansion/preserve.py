@@ -12,10 +12,10 @@ from repblocks.blocks import RepConv
 from repblocks.blocks.base import folded
 from repblocks.blocks.layers import Squeezed
 from repblocks.calibration import batch_norms
+from repblocks.expansion.expanded import Norm
+from repblocks.expansion.fitting import bias_of, fitted
+from repblocks.expansion.report import Preserved
 from repblocks.fusion import AffineConv, Sum, ungroup
-from repblocks.graph.expanded import Norm
-from repblocks.graph.expansion_report import Preserved
-from repblocks.graph.fitting import bias_of, fitted
 from repblocks.verification import TOLERANCES
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from graph.expand_cases import (
+from expansion.expand_cases import (
     assert_comes_back,
     assert_same_function,
     assert_same_training,
@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import repblocks as rb
-from repblocks.graph.expand import expand
-from repblocks.graph.expanded import ExpandedConv
+from repblocks.expansion.expand import expand
+from repblocks.expansion.expanded import ExpandedConv
 
 
 class TwoPairs(nn.Module):

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from repblocks.calibration import batch_norms
 from repblocks.errors import ConfigurationError, FoldError
+from repblocks.expansion.expand import substitute
+from repblocks.expansion.expanded import ExpandedConv, ExpandedNorm, Norm
+from repblocks.expansion.fitting import fitted
+from repblocks.expansion.statistics import estimate_statistics
 from repblocks.fusion import AffineConv
 from repblocks.graph.copies import duplicate
-from repblocks.graph.expand import substitute
-from repblocks.graph.expanded import ExpandedConv, ExpandedNorm, Norm
-from repblocks.graph.fitting import fitted
-from repblocks.graph.statistics import estimate_statistics
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -8,8 +8,8 @@ from strategies import randn
 from support import calibrate
 from torch import nn
 
-from repblocks.graph.contract import contract
-from repblocks.graph.expand import expand
+from repblocks.expansion.contract import contract
+from repblocks.expansion.expand import expand
 from repblocks.verification import TOLERANCES
 
 EXACT = TOLERANCES[torch.float64]

@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from graph.expand_cases import (
+from expansion.expand_cases import (
     EXACT,
     assert_comes_back,
     assert_equal,
@@ -23,10 +23,10 @@ from torch import nn
 
 import repblocks as rb
 from repblocks.calibration import batch_norms
-from repblocks.graph.contract import contract
-from repblocks.graph.expand import expand
-from repblocks.graph.expanded import ExpandedConv, ExpandedNorm
-from repblocks.graph.fitting import fitted
+from repblocks.expansion.contract import contract
+from repblocks.expansion.expand import expand
+from repblocks.expansion.expanded import ExpandedConv, ExpandedNorm
+from repblocks.expansion.fitting import fitted
 
 BLOCKS = sorted(set(rb.BLOCKS) - {"repmixer"})
 every_block = pytest.mark.parametrize("block", BLOCKS)

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from graph.expand_cases import (
+from expansion.expand_cases import (
     assert_comes_back,
     assert_same_function,
     assert_same_training,
@@ -23,9 +23,9 @@ from torch import nn
 import repblocks as rb
 from repblocks.blocks.registry import BLOCKS
 from repblocks.calibration import batch_norms
+from repblocks.expansion.expand import expand
+from repblocks.expansion.expanded import ExpandedConv
 from repblocks.graph import collapse
-from repblocks.graph.expand import expand
-from repblocks.graph.expanded import ExpandedConv
 
 NAMES = ["second", "first", "down.0", "stem.0"]
 

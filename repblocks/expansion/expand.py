@@ -10,11 +10,11 @@ from torch.nn.parameter import is_lazy
 
 from repblocks.blocks import resolve_block
 from repblocks.errors import ConfigurationError
-from repblocks.graph.building import Built, attempt
+from repblocks.expansion.building import Built, attempt
+from repblocks.expansion.recipe import recipe_of, remember
+from repblocks.expansion.report import ExpansionReport, Init, SkippedRow
+from repblocks.expansion.sites import Site, convolutions, find_sites
 from repblocks.graph.copies import duplicate
-from repblocks.graph.expansion_report import ExpansionReport, Init, SkippedRow
-from repblocks.graph.recipe import recipe_of, remember
-from repblocks.graph.sites import Site, convolutions, find_sites
 from repblocks.names import known_name
 
 Where = Callable[[str, nn.Conv2d], bool] | str | Sequence[str] | None
