@@ -94,7 +94,8 @@ class Analysis:
             try:
                 found.append(form.then(atom))
             except FoldError as error:
-                self.refusals.setdefault(node, str(error))
+                if not form.views:  # behind views it merges from the other side, or has nothing to merge with
+                    self.refusals.setdefault(node, str(error))
         if found:
             size = self.values[read].shape
             macs = 0 if not counts else size.numel() if atom.is_diagonal else price(atom, size, axis).macs

@@ -28,11 +28,11 @@ class ScaleShift(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self.axis = axis
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
         """Scale and shift ``[N, ..., channels, ...]``."""
-        shape = (-1, *(1,) * (x.ndim - 1 - self.axis))
+        shape = (-1, *(1,) * (input.ndim - 1 - self.axis))
         weight = self.weight.view(shape)
-        return weight * x if self.bias is None else torch.addcmul(self.bias.view(shape), weight, x)
+        return weight * input if self.bias is None else torch.addcmul(self.bias.view(shape), weight, input)
 
     def extra_repr(self) -> str:
         """The channels."""

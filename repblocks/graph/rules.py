@@ -46,7 +46,7 @@ def _rule_for(analysis: Analysis, node: fx.Node) -> Rule | None:
     if node.op != "call_module":
         return FUNCTIONS.get(node.target) if node.op in ("call_function", "call_method") else None
     path = str(node.target)
-    if path in analysis.trace.sealed or len(node.args) != 1 or node.kwargs:
+    if path in analysis.trace.sealed or len(node.args) + len(node.kwargs) != 1 or not node.all_input_nodes:
         return None
     layer = analysis.shadow.get_submodule(path)
     if isinstance(layer, ops.PAD_LAYERS):
@@ -58,7 +58,7 @@ def _rule_for(analysis: Analysis, node: fx.Node) -> Rule | None:
 
 def _layer(analysis: Analysis, node: fx.Node) -> None:
     """A layer with a rule of `fold`."""
-    path, read = str(node.target), node.args[0]
+    path, read = str(node.target), node.all_input_nodes[0]
     if not analysis.is_tensor(read):
         return
     layer, size = analysis.shadow.get_submodule(path), analysis.values[read].shape
@@ -145,7 +145,7 @@ def _pad(analysis: Analysis, node: fx.Node) -> None:
 
 def _pad_layer(analysis: Analysis, node: fx.Node) -> None:
     layer = analysis.shadow.get_submodule(str(node.target))
-    _padded(analysis, node, {"input": node.args[0], **ops.pad_layer(layer)})
+    _padded(analysis, node, {"input": node.all_input_nodes[0], **ops.pad_layer(layer)})
 
 
 def _padded(analysis: Analysis, node: fx.Node, given: dict[str, Any]) -> None:

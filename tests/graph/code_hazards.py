@@ -156,7 +156,7 @@ class two_inputs(Three):
         return self.bn(self.a(x) + x) + gain * self.b(x + y), self.other(y) - y
 
 
-@hazard(norms=1)
+@hazard
 class called_by_keyword(Three):
     def __init__(self):
         super().__init__()

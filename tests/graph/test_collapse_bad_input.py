@@ -144,7 +144,9 @@ def test_an_exported_program_is_refused():
         collapse(program, pictures())
 
 
-@pytest.mark.parametrize("model", [None, "resnet18", F.relu, nn.Conv2d, {"a": 1}, torch.zeros(3)], ids=repr)
+@pytest.mark.parametrize(
+    "model", [None, "resnet18", F.relu, nn.Conv2d, {"a": 1}, torch.zeros(3)], ids=lambda given: type(given).__name__
+)
 def test_what_is_no_module_is_refused(model):
     with pytest.raises(ConfigurationError, match=r"nn\.Module"):
         collapse(model, pictures())
