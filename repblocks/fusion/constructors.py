@@ -98,12 +98,17 @@ def from_batch_norm(bn: _BatchNorm, kernel_size: Sequence[int] = (), *, groups: 
 
 def normalisation(bn: _BatchNorm, mean: Tensor, variance: Tensor) -> AffineConv:
     """BatchNorm by given statistics, each ``[channels]``: ``(x - mean) / sqrt(variance + eps) * weight + bias``."""
-    gamma = torch.rsqrt(variance + bn.eps)
-    if bn.weight is not None:  # pyright: ignore[reportUnnecessaryComparison]  # None without affine parameters
-        gamma = bn.weight * gamma
+    return normalised(mean, variance, bn.weight, bn.bias, bn.eps)
+
+
+def normalised(mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> AffineConv:
+    """As `normalisation`, from the tensors; weight and bias are None without affine parameters."""
+    gamma = torch.rsqrt(variance + eps)
+    if weight is not None:
+        gamma = weight * gamma
     shift = -mean * gamma
-    if bn.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
-        shift = bn.bias + shift
+    if bias is not None:
+        shift = bias + shift
     return AffineConv(weight=gamma.unsqueeze(1), bias=shift, groups=len(gamma))
 
 

@@ -15,9 +15,10 @@ from repblocks.graph.edits import Edit
 from repblocks.graph.parts import Part, built, join, parts_of
 from repblocks.graph.proof import output, prove, require_repeatable, scratch_copy
 from repblocks.graph.report import CollapseReport
-from repblocks.graph.rewriting import Surgery, Unwritable, inherit, inherit_hooks, rewritten, written_calls
+from repblocks.graph.rewriting import Unwritable, rewritten, written_calls
 from repblocks.graph.rows import region_of, skipped_in
 from repblocks.graph.running import tensors_in
+from repblocks.graph.surgery import Surgery, inherit, inherit_hooks
 from repblocks.graph.tracing import Call
 
 Where = str | Sequence[str] | Callable[[str, nn.Module], bool] | None

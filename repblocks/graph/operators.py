@@ -146,14 +146,6 @@ def pooling(target: Target, channels: int, given: dict[str, Any], device: str) -
     return from_pool(POOLS[target](**options), channels, dtype=FLOAT64).to(device)
 
 
-def normalisation(mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> AffineConv:
-    """The value of ``F.batch_norm`` with given statistics."""
-    gamma = torch.rsqrt(variance + eps)
-    gamma = gamma if weight is None else gamma * weight
-    shift = -mean * gamma
-    return AffineConv(weight=gamma.unsqueeze(1), bias=shift if bias is None else shift + bias, groups=len(gamma))
-
-
 def is_fixed(given: dict[str, Any]) -> bool:
     """Whether sizes are numbers, rather than calculated from the input's."""
     sizes = [value for name, value in given.items() if name not in ("input", "weight", "bias")]

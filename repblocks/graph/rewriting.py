@@ -1,4 +1,4 @@
-"""Edit a copy of a model: layers replaced, and the code of a module rewritten where it has to change."""
+"""New code for a module whose own has to change, written from the flat graph."""
 
 import inspect
 import operator
@@ -11,18 +11,10 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from repblocks.blocks import RepBlock
-from repblocks.graph.copies import duplicate
 from repblocks.graph.edits import Edit, Edits
 from repblocks.graph.running import attribute, mutated
+from repblocks.graph.surgery import Dropped, inherit, module_at
 from repblocks.graph.tracing import Call, nodes_in
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-)
 
 
 class Unwritable(Exception):
@@ -31,39 +23,6 @@ class Unwritable(Exception):
     def __init__(self, node: fx.Node) -> None:
         super().__init__(str(node))
         self.node = node
-
-
-class _Dropped(nn.Module):
-    """Stands for a module that was not copied."""
-
-
-class Surgery:
-    """A copy of a model that is being edited.
-
-    Args:
-        model: Is copied, without the modules at ``dropped``.
-        dropped: Paths of modules that are going to be replaced, or not needed.
-    """
-
-    def __init__(self, model: nn.Module, dropped: Iterable[str]) -> None:
-        empty: dict[int, object] = {id(model.get_submodule(path)): _Dropped() for path in dropped if path}
-        self.model = duplicate(model, empty).eval()
-        self.kept = list[nn.Module]()
-        self.places = defaultdict[int, list[tuple[nn.Module, str]]](list)
-        for parent in self.model.modules():
-            for name, child in parent._modules.items():  # pyright: ignore[reportPrivateUsage]  # named_children hides repetitions
-                self.places[id(child)].append((parent, name))
-
-    def replace(self, path: str, new: nn.Module) -> None:
-        """Put a module in the place of another, under every name that it has."""
-        if not path:
-            self.model = new
-            return
-        old = self.model.get_submodule(path)
-        self.places[id(new)] = self.places[id(old)]
-        for parent, name in self.places[id(old)]:
-            parent._modules[name] = new  # pyright: ignore[reportPrivateUsage]
-        self.kept.append(old)  # so that no other object gets its id
 
 
 def written_calls(edits: Edits, model: nn.Module, layers: Mapping[Edit, nn.Module]) -> "list[Writer]":
@@ -137,20 +96,6 @@ def _graph_module(old: nn.Module, keeps_methods: bool) -> type[fx.GraphModule]: 
     if not keeps_methods or isinstance(old, fx.GraphModule):
         return Rewritten
     return type(type(old).__name__, (Rewritten, _NoArguments, type(old)), {})
-
-
-def inherit(new: nn.Module, old: nn.Module) -> None:
-    """Give the plain attributes and the hooks of a module to the one in its place, which other code may read."""
-    plain = {name: value for name, value in vars(old).items() if not name.startswith("_") and name not in vars(new)}
-    for name, value in plain.items():
-        setattr(new, name, value)
-    inherit_hooks(new, old)
-
-
-def inherit_hooks(new: nn.Module, old: nn.Module) -> None:
-    """Let the hooks of a module be called around the one in its place."""
-    for name in _HOOKS:
-        setattr(new, name, getattr(old, name))
 
 
 def _as_sequence(graph: fx.Graph, members: Mapping[str, Any]) -> nn.Sequential | None:
@@ -305,7 +250,7 @@ class Writer:
 
     def _module(self, node: fx.Node, path: str, args: Any, kwargs: Any) -> fx.Node:
         module = self.model.get_submodule(path)
-        if isinstance(module, _Dropped):
+        if isinstance(module, Dropped):
             raise Unwritable(node)
         return self.graph.call_module(self._member(path, module), args, kwargs)
 
@@ -346,11 +291,6 @@ class Writer:
         if node not in self.known:
             raise Unwritable(node)
         return self.known[node]
-
-
-def module_at(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path; the model at none."""
-    return model.get_submodule(path) if path else model
 
 
 def _kind(layer: nn.Module) -> str:

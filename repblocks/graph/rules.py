@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from repblocks.errors import FoldError
 from repblocks.fusion import AffineConv, fold, scale
+from repblocks.fusion.constructors import normalised
 from repblocks.graph import operators as ops
 from repblocks.graph.analysis import Analysis
 from repblocks.graph.atoms import has_tensors, layer_value
@@ -131,7 +132,7 @@ def _batch_norm(analysis: Analysis, node: fx.Node) -> None:
     constants = [given.get(name) for name in ("running_mean", "running_var", "weight", "bias")]
     if given.get("training", False) is not False or None in constants[:2] or not _are_constant(analysis, *constants):
         raise FoldError("it normalises by each batch, so it is not a convolution")
-    atom = analysis.lazily(partial(ops.normalisation, eps=given.get("eps", 1e-5)), *constants)
+    atom = analysis.lazily(partial(normalised, eps=given.get("eps", 1e-5)), *constants)
     analysis.chain(node, given["input"], atom, 1, weights=_numel(analysis, constants[2]))
 
 
