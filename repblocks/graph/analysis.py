@@ -48,6 +48,7 @@ class Analysis:
     constants: set[fx.Node] = field(default_factory=set[fx.Node])
     _numbers: dict[fx.Node, Any] = field(default_factory=dict[fx.Node, Any])
     _prices: dict[int, Cost | None] = field(default_factory=dict[int, "Cost | None"])
+    _replaced: dict[int, int] = field(default_factory=dict[int, int])
     _order: dict[fx.Node, int] = field(default_factory=dict[fx.Node, int])
 
     def __post_init__(self) -> None:
@@ -120,6 +121,13 @@ class Analysis:
                     found.add(read)
                     waiting.append(read)
         return sorted(found, key=self._order.__getitem__)
+
+    def replaced_weights(self, node: fx.Node, form: Form) -> int:
+        """The weights of all that a form of ``node`` does away with."""
+        if id(form) not in self._replaced:
+            dead = self.between(form.anchor.node, node)
+            self._replaced[id(form)] = sum(self.costs[gone].weights for gone in dead)
+        return self._replaced[id(form)]
 
     def price(self, form: Form) -> Cost | None:
         """What a form costs without its anchor; None if no layer of torch computes it."""

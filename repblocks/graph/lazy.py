@@ -1,6 +1,6 @@
 """Values of the algebra that are known by geometry at once, and by numbers only where they are needed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,19 +17,33 @@ class Lazy:
     """``shape`` is the value on the meta device, `numbers` the same value in float64 on the CPU, calculated once.
 
     The verbs look at no number, so what holds on the meta device holds for the numbers.
+
+    Args:
+        shape: The value on the meta device.
+        make: The value in float64 on the CPU, from those of the parts.
+        parts: What it is made of.
     """
 
-    def __init__(self, shape: AnyConv, make: Callable[[], AnyConv]) -> None:
-        self.shape, self.is_unit = shape, False
+    def __init__(self, shape: AnyConv, make: Callable[..., AnyConv], parts: "Sequence[Lazy]" = ()) -> None:
+        self.shape, self.parts, self.is_unit = shape, tuple(parts), False
         self.terms: tuple[Lazy, ...] = (self,)
         self._make = make
         self._numbers: AnyConv | None = None
 
     def numbers(self) -> AnyConv:
-        """The value in float64 on the CPU."""
-        if self._numbers is None:
-            self._numbers = self._make()
+        """The value in float64 on the CPU; chains may be longer than Python's stack."""
+        waiting: list[Lazy] = [self]
+        while waiting:
+            missing = [part for part in waiting[-1].parts if part._numbers is None]
+            waiting += missing
+            if not missing:
+                waiting.pop()._calculate()
+        assert self._numbers is not None
         return self._numbers
+
+    def _calculate(self) -> None:
+        if self._numbers is None:
+            self._numbers = self._make(*(part._numbers for part in self.parts))
 
     @property
     def is_pointwise(self) -> bool:
@@ -57,7 +71,7 @@ def lifted(verb: Callable[..., AnyConv], *parts: Lazy) -> Lazy:
     Raises:
         FoldError: The verb refuses the geometry.
     """
-    return Lazy(verb(*(part.shape for part in parts)), lambda: verb(*(part.numbers() for part in parts)))
+    return Lazy(verb(*(part.shape for part in parts)), verb, parts)
 
 
 def made(build: Callable[[Any], AnyConv]) -> Lazy:
@@ -72,7 +86,7 @@ def composed(first: Lazy, second: Lazy) -> Lazy:
     if second.is_unit:
         return first
     shape = _scaled(first, second) or compose(first.shape, second.shape)
-    return Lazy(shape, lambda: compose(first.numbers(), second.numbers()))
+    return Lazy(shape, compose, (first, second))
 
 
 def _scaled(first: Lazy, second: Lazy) -> AffineConv | None:
@@ -87,8 +101,9 @@ def _scaled(first: Lazy, second: Lazy) -> AffineConv | None:
 
 def added(*parts: Lazy) -> Lazy:
     """The sum of parallel branches."""
-    total = Lazy(add(*(part.shape for part in parts)), lambda: add(*(term.numbers() for term in total.terms)))
-    total.terms = tuple(term for part in parts for term in part.terms)
+    terms = tuple(term for part in parts for term in part.terms)
+    total = Lazy(add(*(part.shape for part in parts)), add, terms)
+    total.terms = terms
     return total
 
 

@@ -101,7 +101,7 @@ def _in_order(region: Region, wanted: Set[fx.Node]) -> list[fx.Node]:
 
 @dataclass(eq=False, slots=True)
 class _Search:
-    """Dynamic programming over one region: ``options`` holds the best way to each node from what is built."""
+    """Dynamic programming over one region: ``best`` holds the best way to each node from what is ``built``."""
 
     analysis: Analysis
     nodes: Sequence[fx.Node]
@@ -133,8 +133,7 @@ class _Search:
     def _frugal_price(self, node: fx.Node, form: Form) -> Cost | None:
         """The price of a form, unless it needs more weights than all that it does away with."""
         own = self.analysis.price(form)
-        gone = sum(self.analysis.costs[n].weights for n in self.analysis.between(form.anchor.node, node))
-        return None if own is None or own.weights > gone else own
+        return None if own is None or own.weights > self.analysis.replaced_weights(node, form) else own
 
     def _with(self, own: Cost, reads: Iterable[fx.Node]) -> Cost:
         for read in reads:
@@ -142,18 +141,22 @@ class _Search:
         return own
 
     def build(self, node: fx.Node) -> None:
-        """Take the best way to a node."""
-        if node in self.built or node not in self.best:
-            return
-        self.built.add(node)
-        form = self.best[node][1]
+        """Take the best way to a node, and to what that reads."""
+        waiting = [node]
+        while waiting:
+            node = waiting.pop()
+            if node not in self.built and node in self.best:
+                self.built.add(node)
+                waiting += self._built(node, self.best[node][1])
+
+    def _built(self, node: fx.Node, form: Form | None) -> list[fx.Node]:
+        """Note that a node exists; what it reads."""
         if form is None:
             self.spent = self.spent.plus(self.analysis.costs[node])
-        else:
-            self.forms[node] = form
-            self.spent = self.spent.plus(self.analysis.price(form) or Cost())
-        for read in [form.anchor.node] if form else self.analysis.inputs(node):
-            self.build(read)
+            return self.analysis.inputs(node)
+        self.forms[node] = form
+        self.spent = self.spent.plus(self.analysis.price(form) or Cost())
+        return [form.anchor.node]
 
 
 def _plan(analysis: Analysis, region: Region, banned: Set[fx.Node], required: Sequence[fx.Node]) -> Plan:

@@ -71,14 +71,8 @@ def _layer(analysis: Analysis, node: fx.Node) -> None:
     if not has_tensors(layer) and _is_unit(atom):
         _pass_on(analysis, node, read)
     else:
-        analysis.chain(
-            node,
-            read,
-            atom,
-            axis,
-            weights=weights,
-            counts=isinstance(layer, _ConvNd) or (not atom.is_diagonal and has_tensors(layer)),
-        )
+        counts = isinstance(layer, _ConvNd) or (not atom.is_diagonal and has_tensors(layer))
+        analysis.chain(node, read, atom, axis, weights=weights, counts=counts)
 
 
 def _is_unit(atom: Lazy) -> bool:
@@ -88,9 +82,8 @@ def _is_unit(atom: Lazy) -> bool:
 
 def _pass_on(analysis: Analysis, node: fx.Node, read: Any) -> None:
     """What returns its argument has the forms of that, the trivial ones included."""
-    forms = (
-        [form for axis in analysis.axes(read) for form in analysis.at(read, axis)] if analysis.is_tensor(read) else []
-    )
+    axes = analysis.axes(read) if analysis.is_tensor(read) else ()
+    forms = [form for axis in axes for form in analysis.at(read, axis)]
     if forms:
         analysis.learn(node, forms, Cost())
 

@@ -122,3 +122,14 @@ def test_a_model_without_anything_linear_to_merge_is_copied():
     assert not report.regions
     assert result is not model
     assert rb.verify(model, result, torch.randn(1, 3, 8, 9)).relative_error == 0
+
+
+@pytest.mark.slow
+def test_a_chain_longer_than_pythons_stack_becomes_one_convolution():
+    layers = [layer for _ in range(400) for layer in (nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4))]
+    for layer in layers[::2]:
+        nn.init.orthogonal_(layer.weight)
+    model = nn.Sequential(*layers).double().eval()
+    result, report = rb.collapse(model, randn(3, 2, 4, 5, 6))
+    assert count_ops(result, randn(3, 2, 4, 5, 6)) == (1, 0)
+    assert len(report.regions) == 1
