@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -117,6 +118,7 @@ def side_by_side(*parts: Lazy) -> Lazy:
     return lifted(split_concat, *parts)
 
 
+@lru_cache(maxsize=512)
 def unit(channels: int) -> Lazy:
     """The identity."""
     one = made(lambda device: identity(channels, dtype=FLOAT64, device=device))
