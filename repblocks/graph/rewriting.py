@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from repblocks.blocks import RepBlock
+from repblocks.graph.atoms import has_tensors
 from repblocks.graph.edits import Edit, Edits
 from repblocks.graph.running import attribute, mutated
 from repblocks.graph.surgery import Dropped, inherit, module_at
@@ -76,13 +77,23 @@ def _keep_containers(new: nn.Module, old: nn.Module, used: Set[str]) -> None:
 
 
 def _prune(module: nn.Module, path: str, used: Set[str]) -> None:
+    """Let go of tensors that nothing uses; the names stay where a class may ask for them."""
     if path in used:
         return
-    for entries in (module._modules, module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage]  # to be emptied
-        for name in [name for name in entries if not any(f"{u}.".startswith(f"{path}.{name}.") for u in used)]:
-            del entries[name]
-    for name, child in module.named_children():
-        _prune(child, f"{path}.{name}", used)
+    for name, child in list(module.named_children()):
+        if any(f"{user}.".startswith(f"{path}.{name}.") for user in used):
+            _prune(child, f"{path}.{name}", used)
+        elif isinstance(child, Dropped) or has_tensors(child):
+            _let_go(module, name)
+    for tensors in (module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage]  # to be emptied
+        tensors |= {name: None for name in tensors if f"{path}.{name}" not in used}
+
+
+def _let_go(module: nn.Module, name: str) -> None:
+    if type(module) in (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict):
+        delattr(module, name)
+    else:
+        setattr(module, name, nn.Identity())
 
 
 class _NoArguments(nn.Module):

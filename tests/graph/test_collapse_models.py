@@ -61,6 +61,7 @@ def test_a_model_of_timm_collapses_to_the_same_function(name):
     assert (expected - got).abs().max() <= TOLERANCE * expected.abs().max()
     assert report.equivalence.passed
     assert max(region.error for region in report.regions) <= TOLERANCES[torch.float64]["block"]
+    assert repr(result)
     left, before = count_ops(result, images), count_ops(model, images)
     assert left.norms == 0
     assert left.convs <= before.convs
@@ -76,7 +77,7 @@ def parameters(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mobileone_s0", "repghostnet_100", "shvit_s1", "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["mobileone_s0", "repghostnet_100", "shvit_s1", "efficientnet_b0", "starnet_s1"])
 def test_what_is_collapsed_keeps_its_class_collapses_no_further_and_exports(name, tmp_path):
     model, images = model_and_images(name)
     result, _ = rb.collapse(model, images)
