@@ -91,7 +91,7 @@ class RepConv(RepBlock, ABC):
 
     def __init__(self, branches: nn.Module, in_channels: int | None = None) -> None:
         super().__init__()
-        value = fold(copied(branches, _on_meta).eval(), in_channels).promote(2)
+        value = fold(copied(branches, on_meta).eval(), in_channels).promote(2)
         self.in_channels, self.out_channels = value.in_channels, value.out_channels
         self.kernel_size, self.stride, self.padding = value.kernel_size, value.stride, value.padding
         self.dilation, self.groups, self.padding_mode = value.dilation, value.groups, value.padding_mode
@@ -163,17 +163,26 @@ def as_module(value: AffineConv, *, like: nn.Module) -> nn.Module:
     tensors = [tensor for tensor in (*like.parameters(), *like.buffers()) if tensor.is_floating_point()]
     model = tensors[0] if tensors else torch.empty(0)
     module = value.to_module(device=model.device, dtype=model.dtype)
-    if not all(parameter.is_meta or is_finite(parameter.detach()) for parameter in module.parameters()):
-        raise FoldError(
-            f"{value!r} folds to values that are not finite in {model.dtype}; "
-            "look for NaN or infinite weights and BatchNorm statistics, or deploy in a wider dtype"
-        )
+    require_finite(module, value, remedy="deploy in a wider dtype")
     frozen = not any(parameter.requires_grad for parameter in like.parameters())
     return module.train(like.training).requires_grad_(not frozen)
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity, in one pass."""
+def require_finite(module: nn.Module, value: object, *, remedy: str) -> None:
+    """Check the weights that a value was folded to.
+
+    Raises:
+        FoldError: One is NaN or infinite.
+    """
+    unsound = [p for p in module.parameters() if not p.is_meta and not _is_finite(p.detach())]
+    if unsound:
+        raise FoldError(
+            f"{value!r} folds to values that are not finite in {unsound[0].dtype}; "
+            f"look for NaN or infinite weights and BatchNorm statistics, or {remedy}"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
     return all(extreme.isfinite() for extreme in tensor.aminmax())
 
 
@@ -181,13 +190,19 @@ def copied(module: nn.Module, place: Callable[[Tensor], Tensor]) -> nn.Module:
     """A deep copy whose parameters and buffers are ``place``'d instead of copied."""
     memo: dict[int, object] = {id(p): nn.Parameter(place(p.detach()), p.requires_grad) for p in module.parameters()}
     memo |= {id(b): place(b) for b in module.buffers()}
-    calculated = [value for child in module.modules() for value in vars(child).values()]
-    memo |= {id(t): place(t.detach()) for t in calculated if isinstance(t, Tensor) and not t.is_leaf}
+    memo |= {id(t): place(t.detach()) for t in calculated_attributes(module)}
     return copy.deepcopy(module, memo)
 
 
-def _on_meta(tensor: Tensor) -> Tensor:
-    return tensor.to("meta")
+def calculated_attributes(model: nn.Module) -> list[Tensor]:
+    """Tensors among the attributes of the modules that are neither parameters nor buffers, and have a history."""
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    return [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
+
+
+def on_meta(tensor: Tensor) -> Tensor:
+    """The tensor without its numbers."""
+    return tensor.detach().to("meta")
 
 
 def in_float64(tensor: Tensor) -> Tensor:
@@ -202,7 +217,7 @@ def require_collapsible(block: RepBlock) -> None:
     Raises:
         FoldError: The block would not fold.
     """
-    copied(block, _on_meta).eval().deploy_children()  # pyright: ignore[reportCallIssue]
+    copied(block, on_meta).eval().deploy_children()  # pyright: ignore[reportCallIssue]
 
 
 def switch_to_deploy(model: nn.Module) -> None:

@@ -49,10 +49,6 @@ class Analysis:
     _numbers: dict[fx.Node, Any] = field(default_factory=dict[fx.Node, Any])
     _prices: dict[int, Cost | None] = field(default_factory=dict[int, "Cost | None"])
     _replaced: dict[int, int] = field(default_factory=dict[int, int])
-    _order: dict[fx.Node, int] = field(default_factory=dict[fx.Node, int])
-
-    def __post_init__(self) -> None:
-        self._order = {node: place for place, node in enumerate(self.trace.nodes)}
 
     def is_tensor(self, node: Any) -> TypeGuard[fx.Node]:
         """Whether a node is a tensor of real numbers that depends on the input."""
@@ -120,7 +116,7 @@ class Analysis:
                 if read is not anchor and read not in found and read in self.forms:
                     found.add(read)
                     waiting.append(read)
-        return sorted(found, key=self._order.__getitem__)
+        return sorted(found, key=self.trace.place.__getitem__)
 
     def replaced_weights(self, node: fx.Node, form: Form) -> int:
         """The weights of all that a form of ``node`` does away with."""

@@ -31,6 +31,6 @@ def has_tensors(layer: nn.Module) -> bool:
     return any(True for _ in (*layer.parameters(), *layer.buffers()))
 
 
-def layer_of(analysis: Analysis, node: fx.Node) -> nn.Module | None:
+def called_layer(analysis: Analysis, node: fx.Node) -> nn.Module | None:
     """The layer that a node calls, on the meta device; None if it calls a function."""
     return analysis.shadow.get_submodule(str(node.target)) if node.op == "call_module" else None

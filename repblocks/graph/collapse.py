@@ -270,5 +270,6 @@ def _leave_stateful_code(part: Part) -> None:
 def _rewrites(part: Part, edit: Edit, call: Call) -> bool:
     """Whether an edit changes the code of a call itself, or does away with the call."""
     trace = part.edits.analysis.trace
-    replaced = edit.host is not None and edit.host not in edit.layers() and call.path.startswith(edit.host)
+    whole = edit.host is not None and edit.host not in edit.layers()
+    replaced = whole and (not edit.host or f"{call.path}.".startswith(f"{edit.host}."))
     return replaced or edit.owner is call or any(trace.owners[node] is call for node in edit.elided)

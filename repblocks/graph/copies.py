@@ -2,8 +2,9 @@
 
 import copy
 
-from torch import Tensor, nn
+from torch import nn
 
+from repblocks.blocks.base import calculated_attributes
 from repblocks.errors import ConfigurationError
 
 
@@ -25,9 +26,3 @@ def duplicate(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Mod
             f"{type(model).__name__} cannot be copied ({error}); give it a __deepcopy__, or take what cannot be copied "
             "out of its attributes"
         ) from error
-
-
-def calculated_attributes(model: nn.Module) -> list[Tensor]:
-    """Tensors among the attributes of the modules that are neither parameters nor buffers, and have a history."""
-    attributes = [value for module in model.modules() for value in vars(module).values()]
-    return [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]

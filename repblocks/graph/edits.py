@@ -7,6 +7,7 @@ from torch import fx, nn
 
 from repblocks.graph import operators as ops
 from repblocks.graph.analysis import Analysis
+from repblocks.graph.atoms import has_tensors
 from repblocks.graph.forms import Form
 from repblocks.graph.plan import Plan
 from repblocks.graph.running import reads_shape_only
@@ -44,11 +45,6 @@ class Edit:
     def gone(self) -> list[fx.Node]:
         """The nodes that are not calculated any more."""
         return [node for node in self.dead if node not in self.kept]
-
-    @property
-    def rewrites(self) -> bool:
-        """Whether code changes."""
-        return self.owner is not None or bool(self.elided)
 
 
 @dataclass(eq=False, slots=True)
@@ -133,7 +129,7 @@ def _host(analysis: Analysis, form: Form, chain: Sequence[fx.Node]) -> str | Non
     behind = list(chain[last + 1 :]) if moves and not (form.views and form.leads) else []
     layers = [link for link in before + behind if link.op == "call_module"]
     weighted = [link for link in layers if any(p.ndim > 1 for p in _layer(analysis, link).parameters())]
-    chosen = (weighted or [link for link in layers if _has_parameters(analysis, link)] or [None])[0]
+    chosen = (weighted or [link for link in layers if has_tensors(_layer(analysis, link))] or [None])[0]
     return None if chosen is None else str(chosen.target)
 
 
@@ -147,11 +143,6 @@ def _keeps_shapes(analysis: Analysis, form: Form, chain: Sequence[fx.Node], host
         if asked and widths != {width}:
             return False
     return True
-
-
-def _has_parameters(analysis: Analysis, link: fx.Node) -> bool:
-    layer = _layer(analysis, link)
-    return any(True for _ in (*layer.parameters(), *layer.buffers()))
 
 
 def _idle(analysis: Analysis, form: Form, chain: Sequence[fx.Node], host: str) -> list[str]:

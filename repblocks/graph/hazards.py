@@ -88,7 +88,6 @@ def _weights(node: fx.Node, model: nn.Module) -> list[Tensor]:
 
 def tainted(trace: Trace, model: nn.Module, values: Values) -> set[fx.Node]:
     """Tensors that some operation changes in place while others read them, before or after."""
-    order = {node: place for place, node in enumerate(trace.nodes)}
     groups = defaultdict[int, list[fx.Node]](list)
     for node, value in values.items():
         if isinstance(value, Tensor):
@@ -99,7 +98,7 @@ def tainted(trace: Trace, model: nn.Module, values: Values) -> set[fx.Node]:
         if not isinstance(values.get(written), Tensor):
             continue
         group = groups[_storage(values[written])]
-        earlier = [node for node in group if order[node] < order[writer]]
+        earlier = [node for node in group if trace.place[node] < trace.place[writer]]
         if any(_reads_beside(user, node, writer, earlier) for node in earlier for user in node.users):
             found |= set(earlier)
     return found

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repblocks.blocks.base import is_finite
+from repblocks.blocks.base import require_finite
 from repblocks.errors import FoldError
 from repblocks.fusion import AffineConv, fold
 from repblocks.fusion.transposed import AnyConv
@@ -62,11 +62,7 @@ def layer_of(value: AnyConv, *, axis: int, ndim: int, dtype: torch.dtype, like: 
     tensors = [tensor for tensor in (*like.parameters(), *like.buffers()) if tensor.is_floating_point()]
     device = tensors[0].device if tensors else torch.device("cpu")
     layer = _layer(value, axis, ndim, {"device": device, "dtype": dtype})
-    if not all(is_finite(parameter.detach()) for parameter in layer.parameters()):
-        raise FoldError(
-            f"{value!r} folds to values that are not finite in {dtype}; "
-            "look for NaN or infinite weights and BatchNorm statistics, or collapse in a wider dtype"
-        )
+    require_finite(layer, value, remedy="collapse in a wider dtype")
     frozen = bool(tensors) and not any(parameter.requires_grad for parameter in like.parameters())
     return layer.requires_grad_(not frozen).eval()
 

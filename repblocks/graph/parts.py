@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from repblocks.blocks.base import copied
+from repblocks.blocks.base import copied, on_meta
 from repblocks.errors import FoldError
 from repblocks.graph.analysis import Analysis
 from repblocks.graph.copies import duplicate
@@ -17,7 +17,7 @@ from repblocks.graph.hazards import barred, owner_path, tainted
 from repblocks.graph.layers import layer_of
 from repblocks.graph.plan import plan, regions
 from repblocks.graph.rules import analyse
-from repblocks.graph.running import Values, inputs_of, on_meta, run, shapes
+from repblocks.graph.running import Values, inputs_of, run, shapes
 from repblocks.graph.tracing import Trace, trace
 
 

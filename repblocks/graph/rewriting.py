@@ -134,11 +134,10 @@ class Writer:
         self.graph = fx.Graph()
         self.members = dict[str, Any]()
         self.known = dict[fx.Node, fx.Node]()
-        self.place = {node: at for at, node in enumerate(self.trace.nodes)}
+        self.place = self.trace.place
         inside = set(self.trace.nodes[call.start : call.stop])
         self.splices = {edit.node: edit for edit in edits.edits if edit.owner and edit.node in inside}
         self.elided = {node for edit in edits.edits for node in edit.elided if node in inside}
-        self.hosts = {edit.host for edit in edits.edits if edit.host}
         self.idle = {path for edit in edits.edits for path in edit.idle}
         self.children = {child.start: child for child in reversed(self.trace.calls) if self._is_part(child)}
         self.first = defaultdict[int, list[Edit]](list)

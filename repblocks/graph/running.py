@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from repblocks.blocks.base import on_meta
 from repblocks.fusion.faithful import has_forward_hooks
 from repblocks.graph.tracing import Trace
 
@@ -94,11 +95,6 @@ def shapes(trace: Trace, model: nn.Module, args: Any, kwargs: Any) -> Values:
         except RuntimeError:  # the code makes tensors of its own, which have to be on the meta device too
             with torch.device("meta"):
                 return dict(run(trace, model, *moved))
-
-
-def on_meta(value: Tensor) -> Tensor:
-    """The tensor without its numbers."""
-    return value.detach().to("meta")
 
 
 def inputs_of(model: nn.Module, paths: list[str], args: Any, kwargs: Any) -> dict[str, tuple[Any, Any]]:

@@ -55,6 +55,7 @@ class Trace:
         graph: The graph.
         root: The traced model.
         nodes: Of the graph, in order.
+        place: Of every node in that order.
         calls: Every call of a module that was traced through, in order of entry.
         stateful: Paths of modules whose code changes their attributes.
         sealed: Path to reason of the modules that were not traced through; ``""`` if that is the model itself.
@@ -64,6 +65,7 @@ class Trace:
     graph: fx.Graph
     root: nn.Module
     nodes: list[fx.Node] = field(default_factory=list[fx.Node])
+    place: dict[fx.Node, int] = field(default_factory=dict[fx.Node, int])
     calls: list[Call] = field(default_factory=list[Call])
     sealed: dict[str, str] = field(default_factory=dict[str, str])
     stateful: set[str] = field(default_factory=set[str])
@@ -71,8 +73,7 @@ class Trace:
 
     def handed_on(self) -> set[fx.Node]:
         """Tensors that a call is given and does not use, or returns and nobody outside uses; it wants them anyway."""
-        place = {node: at for at, node in enumerate(self.nodes)}
-        found = set[fx.Node]()
+        place, found = self.place, set[fx.Node]()
         for call in self.calls[1:]:
             span, result = range(call.start, call.stop), nodes_in(call.result)
             given = nodes_in((call.args, call.kwargs)) if span else []
@@ -165,6 +166,7 @@ class _Tracer(fx.Tracer):
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         self.tensors = {id(tensor): path for path, tensor in reversed(named)}
         self.found.graph = self.trace(model)
+        self.found.place = {node: at for at, node in enumerate(self.found.nodes)}
         return self.found
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:  # noqa: FBT001

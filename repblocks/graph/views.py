@@ -10,7 +10,7 @@ from torch.fx.node import map_arg
 
 from repblocks.graph import operators as ops
 from repblocks.graph.analysis import Analysis
-from repblocks.graph.atoms import layer_of, layer_value
+from repblocks.graph.atoms import called_layer, layer_value
 from repblocks.graph.forms import Anchor, Cost, Form
 from repblocks.graph.lazy import FLOAT64, made, selection, unit
 from repblocks.graph.running import apply
@@ -22,7 +22,7 @@ def view(analysis: Analysis, node: fx.Node) -> None:
     if base is None:
         return
     found = [form for axis in analysis.axes(base) for form in _views_of(analysis, node, base, axis)]
-    averages = node.target not in ops.MOVES and not isinstance(layer_of(analysis, node), nn.Flatten | nn.Unflatten)
+    averages = node.target not in ops.MOVES and not isinstance(called_layer(analysis, node), nn.Flatten | nn.Unflatten)
     if found:
         analysis.learn(node, found, Cost(passes=int(averages)))
     _pooled(analysis, node, base)
@@ -102,7 +102,7 @@ def _view_again(analysis: Analysis, node: fx.Node, base: fx.Node, tensor: Tensor
 
 def _pooled(analysis: Analysis, node: fx.Node, base: fx.Node) -> None:
     """Average pooling by windows of one size is a convolution too."""
-    layer, size = layer_of(analysis, node), analysis.values[base].shape
+    layer, size = called_layer(analysis, node), analysis.values[base].shape
     if len(size) < 3:
         return
     if layer is not None and isinstance(layer, nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d):
