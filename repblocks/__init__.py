@@ -11,9 +11,11 @@ from repblocks.blocks import (
     BNConv,
     BranchConv,
     ConvBN,
+    CSLAConv,
     DBBConv,
     DilatedRepConv,
     EdgeConv,
+    ExecutionPlan,
     ExpandConv,
     LargeKernelConv,
     MobileOneConv,
@@ -33,8 +35,10 @@ from repblocks.blocks import (
     RepViTConv,
     branch_shares,
     deployed,
+    execution_plan,
     form_of,
     register_block,
+    set_execution,
     switch_to_deploy,
 )
 from repblocks.checkpoint import load, save
@@ -71,6 +75,7 @@ from repblocks.fusion import (
 )
 from repblocks.graph import Collapsed, CollapseReport, collapse
 from repblocks.models import create_model, list_models
+from repblocks.optim import RepOptimizer
 from repblocks.profiling import profile
 from repblocks.spectra import kernel_report, linear_operator, spectral_norm, spectrum
 from repblocks.verification import EquivalenceReport, verify
@@ -85,6 +90,7 @@ __all__ = [
     "BNConv",
     "BlockReport",
     "BranchConv",
+    "CSLAConv",
     "CheckpointError",
     "CollapseReport",
     "Collapsed",
@@ -96,6 +102,7 @@ __all__ = [
     "DilatedRepConv",
     "EdgeConv",
     "EquivalenceReport",
+    "ExecutionPlan",
     "ExpandConv",
     "Expanded",
     "ExpandedConv",
@@ -113,6 +120,7 @@ __all__ = [
     "RepNeXtBlock",
     "RepNeXtMConv",
     "RepNeXtMSmallConv",
+    "RepOptimizer",
     "RepUnit",
     "RepVGGBlock",
     "RepVGGConv",
@@ -132,6 +140,7 @@ __all__ = [
     "convert",
     "create_model",
     "deployed",
+    "execution_plan",
     "expand",
     "export",
     "fold",
@@ -146,6 +155,7 @@ __all__ = [
     "profile",
     "register_block",
     "save",
+    "set_execution",
     "spectral_norm",
     "spectrum",
     "split_concat",

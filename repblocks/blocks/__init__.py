@@ -4,9 +4,11 @@ from repblocks.blocks.acnet import ACConv
 from repblocks.blocks.base import BranchConv, RepBlock, RepConv, deployed, form_of, switch_to_deploy
 from repblocks.blocks.bn_conv import BNConv
 from repblocks.blocks.conv_bn import ConvBN
+from repblocks.blocks.csla import CSLAConv
 from repblocks.blocks.dbb import DBBConv
 from repblocks.blocks.dilated import DilatedRepConv
 from repblocks.blocks.edge import EdgeConv
+from repblocks.blocks.execution import BlockExecution, ExecutionPlan, execution_plan, set_execution
 from repblocks.blocks.expand import ExpandConv
 from repblocks.blocks.largekernel import LargeKernelConv
 from repblocks.blocks.mobileone import MobileOneConv
@@ -29,11 +31,14 @@ __all__ = [
     "BLOCKS",
     "ACConv",
     "BNConv",
+    "BlockExecution",
     "BranchConv",
+    "CSLAConv",
     "ConvBN",
     "DBBConv",
     "DilatedRepConv",
     "EdgeConv",
+    "ExecutionPlan",
     "ExpandConv",
     "LargeKernelConv",
     "MobileOneConv",
@@ -53,9 +58,11 @@ __all__ = [
     "RepViTConv",
     "branch_shares",
     "deployed",
+    "execution_plan",
     "form_of",
     "options_of",
     "register_block",
     "resolve_block",
+    "set_execution",
     "switch_to_deploy",
 ]

@@ -9,6 +9,8 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
+from repblocks.blocks.merged import choice as merged
+from repblocks.blocks.merged.choice import Execution
 from repblocks.errors import CheckpointError, ConfigurationError, FoldError
 from repblocks.fusion import AffineConv, Sum, fold
 
@@ -88,6 +90,7 @@ class RepConv(RepBlock, ABC):
 
     branches: nn.Module
     conv: nn.Module
+    execution: Execution = "auto"
 
     def __init__(self, branches: nn.Module, in_channels: int | None = None) -> None:
         super().__init__()
@@ -99,7 +102,9 @@ class RepConv(RepBlock, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, in_channels, H, W]`` to ``[N, out_channels, H', W']``."""
-        return self.branches(x) if self.form == "train" else self.conv(x)
+        if self.form == "deploy":
+            return self.conv(x)
+        return merged.run(self, x) if self.training else self.branches(x)
 
     def deploy_children(self) -> Children:
         """The branches as one convolution."""

@@ -1,7 +1,7 @@
 """`fold`: a module becomes the one convolution that it computes."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import chain
 from typing import Any, TypeVar, overload
 
@@ -16,12 +16,15 @@ from repblocks.fusion.affine_conv import AffineConv, ConvNd
 from repblocks.fusion.constructors import AdaptiveAvgPoolNd, AvgPoolNd
 from repblocks.fusion.containers import Concat, SplitConcat, Sum
 from repblocks.fusion.faithful import has_forward_hooks, overridden_methods
+from repblocks.fusion.structure import meta_structure
 from repblocks.fusion.transposed import AffineConvTranspose, AnyConv, ConvTransposeNd
 from repblocks.fusion.verbs import add, compose, concat, split_concat
 
 Rule = Callable[..., AnyConv]
 ChannelsRead = Callable[[Any], int | None]
 SomeRule = TypeVar("SomeRule", bound=Rule)
+META_VALUES = 1000
+"""Values on the meta device that are remembered at most; they hold no memory but their shapes."""
 
 
 class Fold:
@@ -50,6 +53,7 @@ class Fold:
 
     def __init__(self) -> None:
         self._rules: dict[type[nn.Module], tuple[Rule, ChannelsRead]] = {}
+        self._on_meta: dict[Hashable, AnyConv] = {}
 
     def register(
         self, *classes: type[nn.Module], reads: ChannelsRead = lambda module: None
@@ -61,6 +65,7 @@ class Fold:
 
         def remember(rule: SomeRule) -> SomeRule:
             self._rules.update(dict.fromkeys(classes, (rule, reads)))
+            self._on_meta.clear()
             return rule
 
         return remember
@@ -86,8 +91,20 @@ class Fold:
     def __call__(self, module: nn.Module, in_channels: int | None = None) -> AffineConv: ...
     def __call__(self, module: nn.Module, in_channels: int | None = None) -> AnyConv:
         """Fold ``module``; see the class."""
-        value = self.constant(module, in_channels)
-        return value if _tensor_of(module) is not None else value.to(dtype=torch.get_default_dtype())
+        structure = meta_structure(module)
+        if structure is None:
+            value = self.constant(module, in_channels)
+            return value if _tensor_of(module) is not None else value.to(dtype=torch.get_default_dtype())
+        return self._without_numbers(module, in_channels, (structure, in_channels))
+
+    def _without_numbers(self, module: nn.Module, in_channels: int | None, key: Hashable) -> AnyConv:
+        """The value of a module on the meta device: equal structures, which models have many of, share one."""
+        if key not in self._on_meta:
+            if len(self._on_meta) == META_VALUES:
+                self._on_meta.clear()
+            with torch.no_grad():
+                self._on_meta[key] = self.constant(module, in_channels)
+        return self._on_meta[key]
 
     def constant(self, module: nn.Module, in_channels: int | None) -> AnyConv:
         """Fold, leaving what has no tensors of its own (pooling, identity) in float64, to be cast to its siblings'."""

@@ -19,6 +19,7 @@ from repblocks.models.registry import carry, create_model
 from repblocks.names import known_name
 from repblocks.training.console import EpochBar, EpochLines, is_sweep
 from repblocks.training.data import ImageData
+from repblocks.training.optimization import trained_as
 from repblocks.training.shares import BranchShares
 from repblocks.training.task import ClassificationTask
 
@@ -186,16 +187,20 @@ def make_loggers(config: Config, folder: Path) -> list[Logger]:
 def make_task(config: Config, model: nn.Module, data: ImageData, trainer: pl.Trainer) -> ClassificationTask:
     """Create the training task, with a schedule as long as the trainer's run.
 
+    Its model is the one given, or for ``optimizer=repsgd`` the plain network that it amounts to.
+
     Raises:
-        ConfigurationError: A label smoothing that is none.
+        ConfigurationError: A label smoothing that is none, or a model that the optimizer does not train.
         DataError: The training images do not fill one batch.
     """
     assert trainer.max_epochs is not None
     smoothing = config["label_smoothing"]
     if not isinstance(smoothing, int | float) or not 0 <= smoothing <= 1:
         raise ConfigurationError(f"label_smoothing={smoothing} needs to be from 0 to 1; 0.1 is usual, 0 is none")
+    trained, multipliers = trained_as(model, config["optimizer"])
     return ClassificationTask(
-        model,
+        trained,
+        multipliers=multipliers,
         classes=len(data.class_names),
         optimizer=config["optimizer"],
         scheduler=config["scheduler"],

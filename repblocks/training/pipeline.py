@@ -10,6 +10,7 @@ from rich import get_console
 from torch import nn
 
 from repblocks.blocks.base import deployed, form_of
+from repblocks.blocks.execution import set_execution
 from repblocks.errors import CheckpointError, ConfigurationError
 from repblocks.expansion.recipe import recipe_of
 from repblocks.expansion.report import ExpansionReport
@@ -46,6 +47,7 @@ def run(config: Config, folder: Path) -> Summary | None:
     with clock("data"):
         data = ImageData(DataConfig.of(config["data"]))
     model, expansion = expanded(make_model(config["model"], data), config["model"]["expand"])
+    set_execution(model, config["model"]["execution"])
     require_output(model, data)
     trainer = make_trainer(config, folder)
     task = make_task(config, model, data, trainer)

@@ -8,10 +8,12 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
-from repblocks.errors import NonFiniteError
+from repblocks.errors import ConfigurationError, NonFiniteError
 from repblocks.header import describe
+from repblocks.optim import Multipliers, RepOptimizer
 from repblocks.training.optimization import interval, make_optimizer, make_scheduler
 from repblocks.training.restore import ENTRY
 
@@ -29,8 +31,10 @@ class ClassificationTask(pl.LightningModule):
         epochs: Length of the schedule.
         updates_per_epoch: Optimizer steps per epoch.
         label_smoothing: Of the training loss.
+        multipliers: Of the optimizer ``repsgd``, as ``trained_as`` gives them with the model.
 
     Raises:
+        ConfigurationError: In training, where gradients are to be clipped for ``repsgd``.
         NonFiniteError: In training or validation, before the weights are touched or a checkpoint is written.
     """
 
@@ -44,10 +48,11 @@ class ClassificationTask(pl.LightningModule):
         epochs: int,
         updates_per_epoch: int,
         label_smoothing: float = 0.0,
+        multipliers: Multipliers | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.optimizer, self.scheduler = optimizer, scheduler
+        self.optimizer, self.scheduler, self.multipliers = optimizer, scheduler, multipliers
         self.epochs, self.updates_per_epoch = epochs, updates_per_epoch
         self.train_loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         self.val_loss = nn.CrossEntropyLoss()
@@ -86,7 +91,7 @@ class ClassificationTask(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer, and its schedule if there is one."""
-        optimizer = make_optimizer(self.model, self.optimizer)
+        optimizer = make_optimizer(self.model, self.optimizer, self.multipliers)
         scheduler = make_scheduler(
             optimizer, self.scheduler, epochs=self.epochs, updates_per_epoch=self.updates_per_epoch
         )
@@ -96,6 +101,21 @@ class ClassificationTask(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": interval(scheduler)},
         }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as configured, but never gradients that are still to be multiplied."""
+        if gradient_clip_val and isinstance(optimizer, RepOptimizer):
+            raise ConfigurationError(
+                f"trainer.gradient_clip_val={gradient_clip_val} would clip by a norm of gradients without the "
+                "multipliers of optimizer=repsgd, which is another training; set trainer.gradient_clip_val=null, and "
+                "lower optimizer.lr where training is unstable"
+            )
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Schedules of timm are functions of the clock: tell them which epoch or update comes next."""

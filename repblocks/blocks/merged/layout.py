@@ -1,0 +1,81 @@
+"""Maps as matrices of pixels, without a copy where channels are last in memory."""
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from repblocks.fusion.geometry import Pair
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """``[N, C, H, W]`` as ``[N * H * W, C]``: a view where channels are last in memory."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def empty_map(like: Tensor, channels: int) -> Tensor:
+    """A map of the size of another one, channels last in memory."""
+    shape = (like.shape[0], channels, *like.shape[2:])
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def sampled(x: Tensor, steps: Pair) -> Tensor:
+    """Every so many rows and columns of ``[N, C, H, W]``: what a pointwise convolution of that stride reads."""
+    return x if steps == (1, 1) else x[:, :, :: steps[0], :: steps[1]]
+
+
+_CACHE_BYTES = 4e6
+"""Of the maps that a pass works on at a time."""
+
+
+def parts_of(*maps: Tensor) -> list[slice]:
+    """Slices of a batch whose maps fit into a cache together: passes over them cost less than passes over all."""
+    bytes_per_image = sum(f.nbytes for f in maps) / len(maps[0])
+    images = max(round(_CACHE_BYTES / bytes_per_image), 1)
+    if images >= len(maps[0]):
+        return [slice(None)]
+    return [slice(start, start + images) for start in range(0, len(maps[0]), images)]
+
+
+def in_parts(convolve: Callable[[Tensor], list[Tensor]], x: Tensor) -> list[Tensor]:
+    """``convolve(x)``, a few images at a time: depthwise convolutions are several times faster within the cache."""
+    parts = parts_of(x, x)
+    if len(parts) == 1:
+        return convolve(x)
+    first = convolve(x[parts[0]])
+    whole = [_like(some, len(x)) for some in first]
+    for part in parts:
+        for target, some in zip(whole, first if part is parts[0] else convolve(x[part]), strict=True):
+            target[part] = some
+    return whole
+
+
+def _like(some: Tensor, images: int) -> Tensor:
+    """Room for a whole batch of what a part looks like."""
+    last = some.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty((images, *some.shape[1:]), dtype=some.dtype, device=some.device, memory_format=layout)
+
+
+def added(tensors: Sequence[Tensor]) -> Tensor:
+    """Their sum."""
+    return functools.reduce(operator.add, tensors)
+
+
+_BLOCK = 64
+"""Columns of a symmetric product at a time: wide enough for a fast product, narrow enough to leave half of it out."""
+
+
+def add_symmetric_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Add the lower triangle of ``a^T b``, which is known to be symmetric, to ``[P, P]``; `mirrored` completes it."""
+    for start in range(0, len(total), _BLOCK):
+        end = start + _BLOCK
+        total[start:end, :end].addmm_(a[:, start:end].t(), b[:, :end])
+    return total
+
+
+def mirrored(lower: Tensor) -> Tensor:
+    """A symmetric matrix from its lower triangle, whatever stands above."""
+    return lower.tril() + lower.tril(-1).t()
