@@ -10,8 +10,8 @@ import repblocks as rb
 def row(name: str) -> str:
     with torch.device("meta"):  # shapes are all that counting needs
         model = rb.create_model(name)
-        size = vars(model)["pretrained_cfg"]["input_size"]
-        train, deploy = rb.profile(model, size), rb.profile(rb.deployed(model), size)
+    size = vars(model)["pretrained_cfg"]["input_size"]
+    train, deploy = rb.profile(model, size), rb.profile(rb.deployed(model), size)
     millions = f"{train.params / 1e6:.2f} | {deploy.params / 1e6:.2f}"
     return f"| `{name}` | {size[1]} | {millions} | {train.macs / 1e9:.2f} | {deploy.macs / 1e9:.2f} |"
 

@@ -52,7 +52,8 @@ def set_execution(model: nn.Module, execution: Execution) -> None:
     """Choose how every `RepConv` of a model runs its branches in training mode. Nothing else changes.
 
     Outputs, gradients and running statistics are those of the separate branches up to rounding, whichever way runs;
-    parameters and ``state_dict`` stay as they are. Eval mode always runs the branches.
+    parameters and ``state_dict`` stay as they are. Eval mode always runs the branches. Gradients of gradients, as for
+    gradient penalties, need "separate".
 
     Args:
         model: Whose blocks are set, those inside others too.

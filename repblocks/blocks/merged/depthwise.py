@@ -15,7 +15,7 @@ from torch import Tensor
 
 from repblocks.blocks.merged import cost
 from repblocks.blocks.merged.geometry import Geometry
-from repblocks.blocks.merged.layout import added, in_parts, parts_of, rows_of
+from repblocks.blocks.merged.layout import added, in_parts, parts_of, put, rows_of
 from repblocks.blocks.merged.patches import Patches, convolution_backward, convolved
 from repblocks.blocks.merged.statistics import Moments
 
@@ -65,13 +65,14 @@ class Depthwise(Patches):
         kernels = (curvature.flatten(1) @ layout.pulling).to(x.dtype)
         constants = (offset @ layout.pulling_offset).to(x.dtype)
         everywhere, constant = kernels[:, :25].reshape(-1, 1, 5, 5), constants[:, 0].contiguous()
-        gradient = torch.empty_like(x)
+        gradient = None
         for part in parts_of(x, x, x):
             dx = convolution_backward(self.geometry, x[part], dy[part], weight)
             dx += F.conv2d(x[part], everywhere, constant, padding=2, groups=x.shape[1])
             borders = kernels[:, 25:].t(), constants[:, 1:].t()
             _add_borders(dx.permute(0, 2, 3, 1), x[part].permute(0, 2, 3, 1), *borders)
-            gradient[part] = dx
+            gradient = put(gradient, part, dx, x)
+        assert gradient is not None
         return gradient
 
 

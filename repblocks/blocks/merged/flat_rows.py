@@ -93,7 +93,8 @@ class FlatRows(Program):
         biases = [*(conv.bias for conv in self.rows.convs), *(None for _ in self.rows.identity_norms)]
         self.terms = NormTerms(self.rows.norms, mean, variance.clamp_min_(0), biases, moments.count)
         self.saved = (spread, *weights)
-        return self._weight(rows), self.terms.shift
+        self.weight = self._weight(rows)
+        return self.weight, self.terms.shift
 
     def _terms(self, of_rows: Tensor, of_columns: Tensor) -> Tensor:
         """``[T, O]`` from what rows ``[groups, n * O / groups]`` and identities (``[groups * P]``) give."""
@@ -139,7 +140,7 @@ class FlatRows(Program):
         matrix = _symmetric(stacked, (bent * rows).reshape(groups, -1, taps))
         if self.rows.identity_norms:
             matrix.view(-1).index_add_(0, self.rows.squares, curvature[len(self.rows.convs) :].sum(0))
-        dmean = -(dbias.view(groups, 1, out) @ self._weight(stacked)).squeeze(1)
+        dmean = -(dbias.view(groups, 1, out) @ self.weight).squeeze(1)
         return Pull(dmean, matrix)
 
 

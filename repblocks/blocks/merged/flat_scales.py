@@ -100,10 +100,8 @@ class FlatScales(Program):
             mean, variance = factors * mean, factors * factors * variance
         biases = [None if conv is None else conv.bias for conv in self.scales.factors]
         self.terms = NormTerms(self.scales.inner, mean, variance, biases, moments.count)
-        return self._weight(factors).t().unsqueeze(1), self.terms.shift
-
-    def _weight(self, factors: Tensor | None) -> Tensor:
-        return self.scales.summed(self.terms.scale if factors is None else factors * self.terms.scale)
+        self.weight = self.scales.summed(self.terms.scale if factors is None else factors * self.terms.scale)
+        return self.weight.t().unsqueeze(1), self.terms.shift
 
     def backward(self, moments: Moments, saved: Sequence[Tensor], dweight: Tensor, dbias: Tensor) -> Pull:
         """Gradients of moments and parameters."""
@@ -118,7 +116,7 @@ class FlatScales(Program):
             )
             curvature = curvature * factors * factors
         self.gradients = [*own, *norm_gradients]
-        return Pull(-(self._weight(factors) * dbias).t(), self.scales.summed(curvature).t())
+        return Pull(-(self.weight * dbias).t(), self.scales.summed(curvature).t())
 
 
 class NormedScales(Program):

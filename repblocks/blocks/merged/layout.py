@@ -26,6 +26,15 @@ def sampled(x: Tensor, steps: Pair) -> Tensor:
     return x if steps == (1, 1) else x[:, :, :: steps[0], :: steps[1]]
 
 
+def spread(pixels: Tensor, steps: Pair, like: Tensor) -> Tensor:
+    """The transpose of `sampled`: pixels of a map like another one, zeros between them."""
+    if steps == (1, 1):
+        return pixels
+    whole = torch.zeros_like(like, dtype=pixels.dtype)
+    sampled(whole, steps).copy_(pixels)
+    return whole
+
+
 _CACHE_BYTES = 4e6
 """Of the maps that a pass works on at a time."""
 
@@ -57,6 +66,15 @@ def _like(some: Tensor, images: int) -> Tensor:
     last = some.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
     return torch.empty((images, *some.shape[1:]), dtype=some.dtype, device=some.device, memory_format=layout)
+
+
+def put(whole: Tensor | None, part: slice, some: Tensor, like: Tensor) -> Tensor:
+    """Put a part of a batch into the whole, which is made like another map; a sole part is the whole."""
+    if part == slice(None):
+        return some
+    whole = torch.empty_like(like, dtype=some.dtype) if whole is None else whole
+    whole[part] = some
+    return whole
 
 
 def added(tensors: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,7 @@
 """Merged execution over explicit outputs: branches convolve, their norms become one affine combination."""
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from repblocks.blocks.merged.layout import added, in_parts, parts_of, sampled
+from repblocks.blocks.merged.layout import added, in_parts, parts_of, put, sampled, spread
 from repblocks.blocks.merged.precision import convolution_dtype, widened, without_autocast
 from repblocks.blocks.merged.programs import Program, Pull
 from repblocks.blocks.merged.statistics import Moments, require_statistics, synchronised
@@ -19,22 +20,25 @@ class OwnConv:
     """A convolution of the input that a call runs itself, a few images at a time where it is depthwise.
 
     Args:
-        conv: Padded by zeros, the same on both sides.
+        conv: Padded by zeros, the same on both sides; or pointwise, of any stride.
         keeps: Whether its output is kept for the backward pass, instead of being calculated again.
     """
 
     def __init__(self, conv: nn.Conv2d, *, keeps: bool) -> None:
         self.keeps, self.depthwise = keeps, conv.groups == conv.in_channels
         self.parameters = [conv.weight] if conv.bias is None else [conv.weight, conv.bias]
+        pointwise = conv.kernel_size == (1, 1)
+        self.sampling: Pair = (conv.stride[0], conv.stride[1]) if pointwise else (1, 1)
         padding = (0, 0) if isinstance(conv.padding, str) else conv.padding
-        self.geometry = (conv.stride, padding, conv.dilation)
+        self.geometry = ((1, 1) if pointwise else conv.stride, padding, conv.dilation)
         self.groups = conv.groups
 
     def forward(self, x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         """The convolution, in the dtype of x."""
         weight, *bias = (p.to(x.dtype) for p in parameters)
         stride, padding, dilation = self.geometry
-        return F.conv2d(x, weight, bias[0] if bias else None, stride, padding, dilation, self.groups)
+        read = sampled(x, self.sampling)
+        return F.conv2d(read, weight, bias[0] if bias else None, stride, padding, dilation, self.groups)
 
     def backward(
         self, x: Tensor, parameters: Sequence[Tensor], dy: Tensor, *, needs_input: bool
@@ -44,7 +48,9 @@ class OwnConv:
         wanted = [needs_input, True, bias]
         sizes = None if not bias else [len(weight)]
         backward = torch.ops.aten.convolution_backward
-        dx, *own = backward(dy, x, weight, sizes, *self.geometry, False, [0, 0], self.groups, wanted)  # noqa: FBT003
+        read = sampled(x, self.sampling)
+        dx, *own = backward(dy, read, weight, sizes, *self.geometry, False, [0, 0], self.groups, wanted)  # noqa: FBT003
+        dx = spread(dx, self.sampling, x) if needs_input else None
         return dx, [g.to(p.dtype) for g, p in zip(own, parameters, strict=False)]
 
 
@@ -128,12 +134,11 @@ class OutputsCall:
         dweight, dbias = _products(dy, outputs)
         pull = self.program.backward(self.moments, saved, dweight, dbias)
         pull = Pull(self.moments.summed(pull.dmean), self.moments.summed(pull.curvature))
-        back = _Backward(self, pull, [torch.empty_like(f) for f in kept])
-        dx = torch.empty_like(x) if wants_input and self.needs_input else None
+        back, dx = _Backward(self, pull, kept), None
         for part in parts_of(outputs[0], x):
             images = back.run(x[part], [f[part] for f in outputs], self._split(own), dy[part], part, wants_input)
-            if dx is not None and images is not None:
-                dx[part] = images
+            if wants_input and images is not None:
+                dx = put(dx, part, images, x)
         return [dx, *back.of_kept, *back.of_own, *self.program.gradients]
 
     def pulled(self, k: int, outputs: Sequence[Tensor], dy: Tensor, pull: Pull) -> Tensor:
@@ -154,8 +159,9 @@ class OutputsCall:
 class _Backward:
     """The part of a backward pass that goes through the batch a few images at a time, while they are in the cache."""
 
-    def __init__(self, call: OutputsCall, pull: Pull, of_kept: list[Tensor]) -> None:
-        self.call, self.pull, self.of_kept = call, pull, of_kept
+    def __init__(self, call: OutputsCall, pull: Pull, kept: Sequence[Tensor]) -> None:
+        self.call, self.pull, self.kept = call, pull, kept
+        self.of_kept: list[Tensor | None] = [None] * len(kept)
         self.of_own: list[Tensor] = []
 
     def run(
@@ -168,9 +174,9 @@ class _Backward:
         wants_input: bool,  # noqa: FBT001
     ) -> Tensor | None:
         """The input's gradient for some images; gradients of parameters add up, of kept outputs are filled in."""
-        call, first = self.call, len(self.of_kept)
+        call, first = self.call, len(self.kept)
         for k, whole in enumerate(self.of_kept):
-            whole[part] = call.pulled(k, outputs, dy, self.pull)
+            self.of_kept[k] = put(whole, part, call.pulled(k, outputs, dy, self.pull), self.kept[k])
         dx = None if call.sampling is None else self._through_sampling(x, outputs, dy, call.sampling)
         gradients: list[Tensor] = []
         for k, conv in enumerate(call.convs):
@@ -183,11 +189,7 @@ class _Backward:
 
     def _through_sampling(self, x: Tensor, outputs: Sequence[Tensor], dy: Tensor, sampling: Pair) -> Tensor:
         pulled = self.call.pulled(len(outputs) - 1, outputs, dy, self.pull)
-        if sampling == (1, 1):
-            return pulled
-        dx = torch.zeros_like(x)
-        sampled(dx, sampling).copy_(pulled)
-        return dx
+        return spread(pulled, sampling, x)
 
 
 class _Outputs(torch.autograd.Function):
@@ -235,22 +237,22 @@ def moments_of(outputs: Sequence[Tensor], *, crosses: bool) -> Moments:
     if not crosses:
         return Moments(mean, variance, count)
     covariance = torch.diag_embed(variance)
-    for k in range(len(outputs)):
-        for i in range(k):
-            centred = widened(outputs[k]) - _channels(mean[:, k])
-            covariance[:, k, i] = covariance[:, i, k] = _dot(centred, outputs[i]) / count
+    centred = [widened(f) - _channels(mean[:, k]) for k, f in enumerate(outputs)]
+    for k, i in combinations(range(len(outputs)), 2):
+        covariance[:, k, i] = covariance[:, i, k] = _dot(centred[k], centred[i]) / count
     return Moments(mean, covariance, count)
 
 
 def _combined(outputs: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
     """``sum_k weight_k f_k + bias``, weight ``[C, 1, K]``, in the dtype of the outputs."""
     factors = [_channels(factor) for factor in weight.squeeze(1).unbind(1)]
-    total = torch.empty_like(outputs[0])
+    first, total = outputs[0], None
     for part in parts_of(*outputs):
-        some = torch.addcmul(_channels(bias), outputs[0][part], factors[0])
+        some = torch.addcmul(_channels(bias), first[part], factors[0])
         for f, factor in zip(outputs[1:], factors[1:], strict=True):
             some.addcmul_(f[part], factor)
-        total[part] = some
+        total = put(total, part, some.to(first.dtype), first)
+    assert total is not None
     return total
 
 

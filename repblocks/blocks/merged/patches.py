@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from repblocks.blocks.merged import cost
 from repblocks.blocks.merged.geometry import Geometry
-from repblocks.blocks.merged.layout import add_symmetric_, empty_map, mirrored, parts_of, rows_of, sampled
+from repblocks.blocks.merged.layout import add_symmetric_, empty_map, mirrored, parts_of, rows_of, sampled, spread
 from repblocks.blocks.merged.precision import convolution_dtype, widened, without_autocast
 from repblocks.blocks.merged.programs import Program
 from repblocks.blocks.merged.statistics import Moments, require_statistics, synchronised
@@ -149,11 +149,7 @@ class Pointwise(Patches):
             rows = rows_of(gradient[part])
             torch.addmm(constant, rows_of(dy[part]), kernel, out=rows)
             rows.addmm_(rows_of(read[part]), bend)
-        if read is x:
-            return gradient
-        dx = torch.zeros_like(x)
-        self._read(dx).copy_(gradient)
-        return dx
+        return spread(gradient, self.geometry.stride, x)
 
 
 class Unfolded(Patches):

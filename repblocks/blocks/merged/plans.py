@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from repblocks.blocks.layers import AlignedConv2d
 from repblocks.blocks.merged import cost, reading
 from repblocks.blocks.merged.depthwise import Depthwise
 from repblocks.blocks.merged.flat_rows import FlatRows, Rows
@@ -309,9 +310,10 @@ def _is_depthwise(leaf: Leaf) -> bool:
 def _is_own(leaf: Leaf) -> bool:
     """Whether a leaf is a convolution that `OwnConv` can run."""
     conv = reading.plain_conv(leaf)
-    if conv is None or not is_faithful(conv, nn.Conv2d):
+    if conv is None or conv.padding_mode != "zeros" or conv.padding == "same":
         return False
-    return conv.padding_mode == "zeros" and conv.padding != "same"
+    unmoved = isinstance(conv, AlignedConv2d) and is_faithful(conv, AlignedConv2d) and not any(map(any, conv.window))
+    return is_faithful(conv, nn.Conv2d) or (unmoved and conv.kernel_size == (1, 1))
 
 
 def _only_group(node: Node) -> dist.ProcessGroup | None:

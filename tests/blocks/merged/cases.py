@@ -2,10 +2,10 @@
 
 How close is close: ``max|a - b|`` at most 1e-10 of the largest number of its kind, the bound of the design. Gradients
 of BatchNorm cancel: a weight only scaled by a branch that is normalised behind it has a gradient near zero, the
-difference of two terms as large as ``|s_i Gc|``, and so has every gradient of a batch of two values. What rounding
-leaves is relative to the terms and not to their difference, so a gradient's scale is the larger of itself and of the
-gradient without those terms: that of constant variances, and for biases, which a mean behind them cancels altogether,
-that of constant means as well. What is smaller than a thousandth, where everything drawn is about one, is a zero.
+difference of two terms as large as ``|s_i G|``, and so has every gradient of a batch of two values, and every bias in
+front of a norm. What rounding leaves is relative to the terms and not to their difference, so a gradient's scale is the
+larger of itself and of the gradient without those terms, that of constant statistics. What is smaller than a
+thousandth, where everything drawn is about one, is a zero.
 """
 
 import copy
@@ -77,14 +77,11 @@ def stepped(block: nn.Module, x: Tensor, execution: str) -> Left:
 
 def scales(block: nn.Module, x: Tensor, expected: Left) -> dict[str, float]:
     """The size of the terms that each number of a step is a sum of: see the module."""
-    with without_gradient_of("variance"):
+    with constant_statistics():
         terms = stepped(block, x, "separate")
-    with without_gradient_of("variance", "mean"):
-        bias_terms = stepped(block, x, "separate")
     found = {name: max(largest(tensor), ZERO) for name, tensor in expected.items()}
     for name in (name for name in expected if name.startswith("gradient")):
-        kinds = [terms[name]] + [bias_terms[name]] * name.endswith("bias")
-        found[name] = max(found[name], *map(largest, kinds))
+        found[name] = max(found[name], largest(terms[name]))
     return found
 
 
@@ -93,15 +90,14 @@ def largest(tensor: Tensor) -> float:
 
 
 @contextmanager
-def without_gradient_of(*statistics: str):
+def constant_statistics():
     """BatchNorm whose statistics of the batch count as constants in backward."""
 
     def batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps):
         if not training:
             return plain(x, running_mean, running_var, weight, bias, training, momentum, eps)
-        variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-        mean = mean.detach() if "mean" in statistics else mean
-        return plain_affine(x, mean, variance.detach(), weight, bias, eps)
+        variance, mean = torch.var_mean(x.detach(), dim=(0, 2, 3), correction=0)
+        return plain_affine(x, mean, variance, weight, bias, eps)
 
     plain = F.batch_norm
     with mock.patch.object(F, "batch_norm", batch_norm):

@@ -82,10 +82,10 @@ def blocks(draw, spec):
 
 
 def smallest(spec):
-    """The input for which the output, and padding by repetition, has a pixel."""
+    """The input for which the output has a pixel that reads the map: of padding alone, nothing varies."""
     spans = [d * (k - 1) + 1 - sum(p) for d, k, p in zip(spec.dilation, spec.kernel_size, spec.padding, strict=True)]
-    repeats = [max(p) + 1 if spec.padding_mode != "zeros" else 1 for p in spec.padding]
-    return [max(span, repeat) for span, repeat in zip(spans, repeats, strict=True)]
+    reached = [s + max(p) + d for s, p, d in zip(spec.stride, spec.padding, spec.dilation, strict=True)]
+    return [max(sizes) for sizes in zip(spans, reached, strict=True)]
 
 
 @st.composite
@@ -102,7 +102,11 @@ def cases(draw):
     training(block)
     for norm, mode in zip(batch_norms(block), modes, strict=True):
         norm.train(mode)
-    return block, image(batch, spec.in_channels, *size, channels_last=draw(st.booleans()))
+    for parameter in block.parameters():
+        parameter.requires_grad_(draw(st.integers(0, 7)) > 0)
+    return block, image(batch, spec.in_channels, *size, channels_last=draw(st.booleans())).requires_grad_(
+        draw(st.integers(0, 5)) > 0
+    )
 
 
 @given(cases())

@@ -78,7 +78,7 @@ def in_merged_execution(name):
     return model
 
 
-@pytest.mark.parametrize("name", ["rb_mobileone_s0", "rb_mobileone_s1", "rb_repvgg_a0", "rb_repvit_m1"])
+@pytest.mark.parametrize("name", ["rb_mobileone_s0", "rb_mobileone_s1", "rb_repvgg_a0", "rb_repvit_m1_0"])
 def test_whole_models_keep_no_more_for_backward(name):
     model = rb.create_model(name, num_classes=10).train().to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
