@@ -23,8 +23,6 @@ from repblocks.fusion.verbs import add, compose, concat, split_concat
 Rule = Callable[..., AnyConv]
 ChannelsRead = Callable[[Any], int | None]
 SomeRule = TypeVar("SomeRule", bound=Rule)
-META_VALUES = 1000
-"""Values on the meta device that are remembered at most; they hold no memory but their shapes."""
 
 
 class Fold:
@@ -50,6 +48,9 @@ class Fold:
 
     Source: Ding et al. 2021, "RepVGG", https://arxiv.org/abs/2101.03697, section 3.3.
     """
+
+    most_meta_values = 1000
+    """How many values on the meta device are remembered; they hold no numbers."""
 
     def __init__(self) -> None:
         self._rules: dict[type[nn.Module], tuple[Rule, ChannelsRead]] = {}
@@ -100,7 +101,7 @@ class Fold:
     def _without_numbers(self, module: nn.Module, in_channels: int | None, key: Hashable) -> AnyConv:
         """The value of a module on the meta device: equal structures, which models have many of, share one."""
         if key not in self._on_meta:
-            if len(self._on_meta) == META_VALUES:
+            if len(self._on_meta) == self.most_meta_values:
                 self._on_meta.clear()
             with torch.no_grad():
                 self._on_meta[key] = self.constant(module, in_channels)

@@ -1,7 +1,8 @@
 """What a module is, apart from its numbers: on the meta device, all that folding can depend on."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import fields, is_dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,13 +18,17 @@ def meta_structure(module: nn.Module) -> Hashable | None:
     None where it is not known that they are: tensors elsewhere, or none at all, hooks, attributes that are not plain
     data.
     """
-    tensors = [*module.parameters(), *module.buffers()]
-    if not tensors or not all(type(t) in (Tensor, nn.Parameter) and t.is_meta for t in tensors):
+    comparable = all(type(tensor) in (Tensor, nn.Parameter) and tensor.is_meta for tensor in _tensors(module))
+    if not comparable or next(_tensors(module), None) is None:
         return None
     try:
         return _structure(module)
     except _NotPlain:
         return None
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return chain(module.parameters(), module.buffers())
 
 
 class _NotPlain(Exception):

@@ -20,6 +20,10 @@ Execution = Literal["auto", "separate", "merged", "patches", "outputs"]
 Method = Literal["separate", "folded", "patches", "outputs"]
 
 
+MEMORY_ADVANTAGE = 1.1
+"""How much slower than the separate branches a merged way may be, which keeps less for the backward pass."""
+
+
 class Block(Protocol):
     """What is needed of a block."""
 
@@ -93,7 +97,9 @@ def _state(branches: nn.Module) -> Iterator[object]:
     for module in branches.modules():
         yield module
         yield module.training
-        yield has_hooks(module) or "forward" in vars(module)
+        own = vars(module)
+        yield has_hooks(module) or "forward" in own
+        yield own.get("stride"), own.get("padding"), own.get("dilation")
 
 
 def _choose(block: Block, x: Tensor, *, autocast: bool) -> Choice:
@@ -106,7 +112,7 @@ def _choose(block: Block, x: Tensor, *, autocast: bool) -> Choice:
         return Choice("folded", "no norm follows the batch", plans["folded"])
     synchronises = any(group_of(module) is not None for module in block.branches.modules())
     batch = x[:1].expand(32, *x.shape[1:]) if synchronises else x  # all processes have to choose alike
-    costs: dict[Method, float] = {"separate": separate_cost(block.branches, batch)}
+    costs: dict[Method, float] = {"separate": MEMORY_ADVANTAGE * separate_cost(block.branches, batch)}
     costs |= {name: plan.cost(batch) for name, plan in plans.items()}
     wanted = _allowed(block.execution, costs, must_synchronise=synchronises and x.device.type == "cpu")
     best: Method = min(wanted, key=lambda name: wanted[name]) if wanted else "separate"

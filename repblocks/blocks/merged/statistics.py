@@ -82,14 +82,12 @@ def require_statistics(count: int, shape: Sequence[int]) -> None:
 
 def remember(norms: Sequence[nn.BatchNorm2d], means: Sequence[Tensor], variances: Sequence[Tensor], count: int) -> None:
     """Move the running statistics towards those of the batch, the variances unbiased: ``v * M / (M - 1)``."""
-    kept = [
-        (norm, mean, variance)
-        for norm, mean, variance in zip(norms, means, variances, strict=True)
-        if norm.training and norm.track_running_stats and norm.running_mean is not None
-    ]
-    counters = [norm.num_batches_tracked for norm, _, _ in kept if norm.num_batches_tracked is not None]
+    found = zip(norms, means, variances, strict=True)
+    tracked = [entry for entry in found if entry[0].training and entry[0].track_running_stats]
+    counters = [norm.num_batches_tracked for norm, _, _ in tracked if norm.num_batches_tracked is not None]
     if counters:
         torch._foreach_add_(counters, 1)  # pyright: ignore  # as torch.optim does
+    kept = [entry for entry in tracked if entry[0].running_mean is not None]
     by_share: dict[float, list[tuple[nn.BatchNorm2d, Tensor, Tensor]]] = {}
     for entry in kept:
         by_share.setdefault(_share(entry[0]), []).append(entry)

@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from blocks.claims import BUILDERS
 from support import randomise_batch_norms
 from torch import Tensor, nn
 
@@ -241,6 +242,10 @@ DEPTHWISE = {
     "depthwise_row_of_pixels": over(4, 4, 3, groups=4, size=(1, 8)),
     "depthwise_column_of_pixels_batch_1": over(4, 4, 5, groups=4, size=(6, 1), batch=1),
     "depthwise_two_values": over(4, 4, (1, 3), groups=4, size=(2, 1), batch=1),
+    "depthwise_of_two_rows": over(4, 4, 3, groups=4, size=(2, 5)),
+    "depthwise_of_four_pixels": over(4, 4, 3, groups=4, size=(2, 2), channels_last=True),
+    "depthwise_of_nine_pixels": over(4, 4, 3, groups=4, size=(3, 3), batch=1),
+    "depthwise_larger": over(4, 4, 3, groups=4, size=(16, 13), channels_last=True),
     "depthwise_single_pixel": over(4, 4, 3, groups=4, size=(1, 1), batch=3),
 }
 GEOMETRIES = {**DENSE, **POINTWISE, **DEPTHWISE}
@@ -250,3 +255,49 @@ def made(make: Callable[..., nn.Module], geometry: Geometry, *, seed: int = 0) -
     """A block of this geometry, ready to be trained."""
     torch.manual_seed(seed)
     return training(make(*geometry.shape, **geometry.arguments()), seed)
+
+
+class SmallNet(nn.Module):
+    """A stem, a depthwise and a pointwise block, with what stands between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = rb.RepVGGConv(3, 8, 3, stride=2)
+        self.depthwise = rb.MobileOneConv(8, 8, 3, groups=8)
+        self.pointwise = rb.MobileOneConv(8, 12, 1, num_conv_branches=2)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu_(self.depthwise(x))
+        return self.head(torch.relu(self.pointwise(x)).mean((2, 3)))
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(0)
+    return training(SmallNet())
+
+
+USUAL = over(6, 6, 3, groups=6, size=(6, 7))
+
+
+def block_and_image(name: str = "mobileone", place: Geometry = USUAL) -> tuple[nn.Module, Tensor]:
+    return made(BUILDERS[name], place), place.image()
+
+
+def row_of(block: nn.Module, x: Tensor):
+    """The plan's only row."""
+    (row,) = rb.execution_plan(block, tuple(x.shape[1:]), batch_size=len(x)).blocks
+    return row
+
+
+SMALL = {
+    "dense": over(2, 3, 3, size=(4, 5), batch=2),
+    "pointwise": over(3, 3, 1, size=(3, 4), batch=2),
+    "depthwise": over(2, 2, 3, size=(4, 5), batch=2, groups=2),
+    "depthwise_stride_2": over(2, 2, 3, size=(5, 6), batch=2, groups=2, stride=2),
+}
+
+
+def small_block(place, method, name="mobileone"):
+    return in_execution(made(BUILDERS[name], SMALL[place]), method), SMALL[place].image()

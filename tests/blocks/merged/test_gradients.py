@@ -8,6 +8,7 @@ import torch
 from blocks.claims import BUILDERS
 from blocks.merged.cases import (
     METHODS,
+    SMALL,
     assert_same_step,
     cotangent,
     differences,
@@ -15,85 +16,35 @@ from blocks.merged.cases import (
     in_execution,
     left_by,
     made,
-    method_of,
     over,
     saved_bytes,
     scales,
+    small_block,
     stepped,
     training,
 )
-from blocks.merged.mixtures import make_mixture
-from support import batch_norms
 from torch import nn
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import repblocks as rb
 
-PLACES = {
-    "dense": over(2, 3, 3, size=(4, 5), batch=2),
-    "pointwise": over(3, 3, 1, size=(3, 4), batch=2),
-    "depthwise": over(2, 2, 3, size=(4, 5), batch=2, groups=2),
-    "depthwise_stride_2": over(2, 2, 3, size=(5, 6), batch=2, groups=2, stride=2),
-}
 over_methods = pytest.mark.parametrize("method", METHODS)
-over_places = pytest.mark.parametrize("place", PLACES)
+over_places = pytest.mark.parametrize("place", SMALL)
 over_executions = pytest.mark.parametrize("execution", ["separate", *METHODS])
-
-
-def block_of(place, method, name="mobileone"):
-    return in_execution(made(BUILDERS[name], PLACES[place]), method), PLACES[place].image()
 
 
 def assert_same_as_separate(place, method, run, name="mobileone"):
     """``run(block, x)`` gives the output; what it leaves is what it leaves with separate branches."""
     left = {}
     for execution in ("separate", method):
-        block, x = block_of(place, execution, name)
+        block, x = small_block(place, execution, name)
         leaf = x.detach().requires_grad_()
         y = run(block, leaf)
         left[execution] = {"output": y.detach()} | left_by(block, leaf)
-    block, x = block_of(place, "separate", name)
+    block, x = small_block(place, "separate", name)
     scale = scales(block, x, stepped(block, x, "separate"))
     wrong = differences(left[method], left["separate"], {key: 10 * scale[key] for key in left["separate"]})
     assert not wrong, wrong
-
-
-@over_methods
-@over_places
-@pytest.mark.parametrize("name", ["repvgg", "repvit", "norms_of_all_kinds"])
-def test_gradcheck_over_input_and_parameters(name, place, method):
-    make = BUILDERS.get(name) or make_mixture(name)
-    block = in_execution(made(make, PLACES[place]), method)
-    untracking(block)  # as gradcheck calls it again and again
-    names, parameters = zip(*block.named_parameters(), strict=True)
-    inputs = (PLACES[place].image(), *(p.detach().requires_grad_() for p in parameters))
-
-    def call(x, *given):
-        return functional_call(block, dict(zip(names, given, strict=True)), (x,))
-
-    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
-
-
-@over_methods
-@over_places
-def test_input_gradients_by_differences(place, method):
-    block, x = block_of(place, method)
-    untracking(block)
-    assert method_of(block, x, method) == method
-    assert torch.autograd.gradcheck(block, (x,))
-
-
-@over_methods
-@over_places
-def test_a_second_derivative_is_refused(place, method):
-    """A merged backward pass has no derivative of its own; the choice is to run separately."""
-    block, x = block_of(place, method)
-    (slope,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        slope.square().sum().backward()
-    rb.set_execution(block, "separate")
-    assert torch.autograd.gradgradcheck(untracking(block), (x,), atol=1e-4)
 
 
 @over_methods
@@ -111,7 +62,7 @@ def test_two_backward_passes_through_a_retained_graph_add_up(place, method):
 @over_methods
 @over_places
 def test_a_second_backward_pass_without_a_retained_graph_is_refused(place, method):
-    block, x = block_of(place, method)
+    block, x = small_block(place, method)
     y = block(x)
     y.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
@@ -197,7 +148,7 @@ def test_an_activation_in_place_may_follow(place, method):
 @over_executions
 @over_places
 def test_an_input_changed_before_backward_is_refused(place, execution):
-    block, x = block_of(place, execution)
+    block, x = small_block(place, execution)
     changed = 1.0 * x
     y = block(changed)
     changed.detach().mul_(2)
@@ -208,7 +159,7 @@ def test_an_input_changed_before_backward_is_refused(place, execution):
 @over_executions
 @over_places
 def test_weights_changed_before_backward_are_refused(place, execution):
-    block, x = block_of(place, execution)
+    block, x = small_block(place, execution)
     y = block(x)
     with torch.no_grad():
         block.branches["kxk0"][0].weight.mul_(2)
@@ -222,7 +173,7 @@ def test_gradients_of_some_parameters_only(place, method):
     wanted = ["branches.kxk1.0.weight", "branches.kxk0.1.bias"]
     found = []
     for execution in ("separate", method):
-        block, x = block_of(place, execution)
+        block, x = small_block(place, execution)
         y = block(x)
         found.append(torch.autograd.grad(y, [block.get_parameter(name) for name in wanted], cotangent(y)))
     for expected, got in zip(*found, strict=True):
@@ -253,12 +204,6 @@ def test_offloaded_activations_give_the_same_gradients(place, method):
     assert_same_as_separate(place, method, run)
 
 
-def untracking(block):
-    for norm in batch_norms(block):
-        norm.track_running_stats = False
-    return block
-
-
 @over_methods
 @pytest.mark.parametrize("name", ["mobileone", "repvgg", "repvit", "acb", "qarepvgg", "dbb", "repunit"])
 @pytest.mark.parametrize("shape", [(6, 6, 1, 1), (6, 6, 3, 6), (6, 6, 3, 1)])
@@ -283,7 +228,7 @@ def test_merged_patches_keep_the_input_only(shape, method):
 @over_places
 def test_nothing_outlives_the_output(place, method):
     """No cycle holds the activations until the garbage collector comes by."""
-    block, x = block_of(place, method)
+    block, x = small_block(place, method)
     inner = 1.0 * x
     alive = weakref.ref(inner)
     gc.collect()
@@ -303,71 +248,13 @@ def test_a_forward_pass_without_gradients_moves_the_statistics(place, method):
     for context in (torch.no_grad, torch.inference_mode):
         left = {}
         for execution in ("separate", method):
-            block, x = block_of(place, execution)
+            block, x = small_block(place, execution)
             with context():
                 y = block(x)
             assert not y.requires_grad
             left[execution] = {"output": y.clone()} | {name: b.clone() for name, b in block.named_buffers()}
         for name, expected in left["separate"].items():
             torch.testing.assert_close(left[method][name], expected, rtol=1e-10, atol=1e-12)
-
-
-@over_methods
-@over_places
-def test_functional_calls_use_the_given_parameters(place, method):
-    block, x = block_of(place, method)
-    other = {name: (p.detach() * 1.5 + 0.1).requires_grad_() for name, p in block.named_parameters()}
-    y = functional_call(block, other, (x,))
-    found = torch.autograd.grad(y, list(other.values()), cotangent(y))
-    separate, _ = block_of(place, "separate")
-    expected_y = functional_call(separate, other, (x,))
-    expected = torch.autograd.grad(expected_y, list(other.values()), cotangent(y))
-    torch.testing.assert_close(y, expected_y, rtol=1e-10, atol=1e-10)
-    for got, right in zip(found, expected, strict=True):
-        torch.testing.assert_close(got, right, rtol=1e-9, atol=1e-9)
-
-
-def untracked(place, method):
-    """functorch does not let a function change the buffers that it closes over."""
-    block, x = block_of(place, method)
-    for norm in batch_norms(untracking(block)):
-        norm.running_mean = norm.running_var = None
-    return block, x
-
-
-@over_methods
-@over_places
-def test_functorch_gradients_are_those_of_separate_branches(place, method):
-    found = []
-    for execution in ("separate", method):
-        block, x = untracked(place, execution)
-        parameters = {name: p.detach() for name, p in block.named_parameters()}
-        loss = lambda given, x, block=block: (functional_call(block, given, (x,)) ** 3).sum()  # noqa: E731
-        found.append(torch.func.grad(loss, argnums=(0, 1))(parameters, x.detach()))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-8)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")  # torch's own, at the first jvp
-@over_methods
-@over_places
-def test_functorch_jvp_and_forward_mode_are_those_of_separate_branches(place, method):
-    direction = PLACES[place].image().detach().cos()
-    found = []
-    for execution in ("separate", method):
-        block, x = untracked(place, execution)
-        found.append(torch.func.jvp(block, (x.detach(),), (direction,)))
-        with torch.autograd.forward_ad.dual_level():
-            dual = torch.autograd.forward_ad.make_dual(x.detach(), direction)
-            found[-1] += tuple(torch.autograd.forward_ad.unpack_dual(block(dual)))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
-
-
-@over_methods
-@over_places
-def test_functorch_vmap_is_that_of_separate_branches(place, method):
-    images = torch.stack([PLACES[place].image().detach() * factor for factor in (1.0, 2.0, -1.0)])
-    found = [torch.vmap(untracked(place, execution)[0])(images) for execution in ("separate", method)]
-    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
 
 
 @over_methods
@@ -399,7 +286,7 @@ def test_the_layout_of_the_input_is_kept(method):
 @over_methods
 def test_runs_repeat_bit_by_bit(method):
     for place in ("dense", "pointwise", "depthwise", "depthwise_stride_2"):
-        first, second = (stepped(*block_of(place, method), method) for _ in range(2))
+        first, second = (stepped(*small_block(place, method), method) for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 

@@ -110,6 +110,6 @@ def cases(draw):
 
 
 @given(cases())
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_a_random_block_leaves_the_same(case):
     assert_same_step(*case, *METHODS, "auto")
