@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.optim import SGD, Optimizer
 
-from repblocks.blocks.base import copied, folded, in_float64
+from repblocks.blocks.base import folded
 from repblocks.blocks.conv_bn import ConvBN
+from repblocks.blocks.copying import copied, in_float64
 from repblocks.blocks.csla import CSLAConv
 from repblocks.errors import CheckpointError, ConfigurationError
 from repblocks.fusion import AffineConv, fold

@@ -45,7 +45,7 @@ def profile(model: nn.Module, input_size: tuple[int, ...]) -> Profile:
         model: Any module that takes one tensor.
         input_size: ``(channels, height, width)`` of one image, without the batch axis.
     """
-    images = torch.zeros(1, *input_size, **_first_parameter_options(model))
+    images = torch.zeros(1, *input_size, **first_parameter_options(model))
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         copy.deepcopy(model).eval()(images)
@@ -125,7 +125,8 @@ def latency_ms(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _first_parameter_options(model: nn.Module) -> dict[str, Any]:
+def first_parameter_options(model: nn.Module) -> dict[str, Any]:
+    """The dtype and device that a model computes in, as arguments for its inputs."""
     first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
     return {} if first is None else {"dtype": first.dtype, "device": first.device}
 

@@ -1,6 +1,5 @@
 """The command that measures what a training step of many branches costs."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from types import ModuleType
 import pytest
 import timm
 import torch
+from support import loaded_script
 from torch import nn
 
 import repblocks as rb
@@ -21,12 +21,7 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "bench_training.py"
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_training", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded_script(SCRIPT)
 
 
 @pytest.mark.slow

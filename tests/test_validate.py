@@ -1,4 +1,3 @@
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from support import loaded_script
 
 from repblocks.checkpoint import save
 from repblocks.errors import CheckpointError, ConfigurationError, DataError
@@ -25,12 +25,7 @@ BRIEF = ("trainer=cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=2",
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("validate", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,13 @@
 import copy
 from abc import ABC
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 
+from repblocks.blocks.copying import copied, in_float64, on_meta
 from repblocks.blocks.merged import choice as merged
 from repblocks.blocks.merged.choice import Execution
 from repblocks.errors import CheckpointError, ConfigurationError, FoldError
@@ -189,31 +190,6 @@ def require_finite(module: nn.Module, value: object, *, remedy: str) -> None:
 
 def _is_finite(tensor: Tensor) -> bool:
     return all(extreme.isfinite() for extreme in tensor.aminmax())
-
-
-def copied(module: nn.Module, place: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A deep copy whose parameters and buffers are ``place``'d instead of copied."""
-    memo: dict[int, object] = {id(p): nn.Parameter(place(p.detach()), p.requires_grad) for p in module.parameters()}
-    memo |= {id(b): place(b) for b in module.buffers()}
-    memo |= {id(t): place(t.detach()) for t in calculated_attributes(module)}
-    return copy.deepcopy(module, memo)
-
-
-def calculated_attributes(model: nn.Module) -> list[Tensor]:
-    """Tensors among the attributes of the modules that are neither parameters nor buffers, and have a history."""
-    attributes = [value for module in model.modules() for value in vars(module).values()]
-    return [value for value in attributes if isinstance(value, Tensor) and not value.is_leaf]
-
-
-def on_meta(tensor: Tensor) -> Tensor:
-    """The tensor without its numbers."""
-    return tensor.detach().to("meta")
-
-
-def in_float64(tensor: Tensor) -> Tensor:
-    """Real numbers in float64 on the CPU; on the meta device they stay there, and integers integers."""
-    device = tensor.device if tensor.device.type == "meta" else "cpu"
-    return tensor.to(device, torch.float64 if tensor.is_floating_point() else tensor.dtype)
 
 
 def require_collapsible(block: RepBlock) -> None:

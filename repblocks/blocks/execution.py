@@ -9,9 +9,11 @@ from typing import cast, get_args
 import torch
 from torch import Tensor, nn
 
-from repblocks.blocks.base import RepConv, copied, on_meta
+from repblocks.blocks.base import RepConv
+from repblocks.blocks.copying import copied, on_meta
 from repblocks.blocks.merged.choice import Choice, Execution, Method, choice_for
 from repblocks.names import known_name
+from repblocks.profiling import first_parameter_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +108,12 @@ def _inputs(model: nn.Module, size: tuple[int, ...]) -> dict[str, Tensor]:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):  # pyright: ignore[reportPrivateUsage]
             hooks.clear()
     seen: dict[str, Tensor] = {}
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    like = torch.empty(1, **first_parameter_options(model))
     with _watched(shadow, seen):
         set_execution(shadow, "separate")
-        shadow(torch.empty(size, device="meta", dtype=next((p.dtype for p in model.parameters()), torch.float32)))
+        shadow(torch.empty(size, dtype=like.dtype, device="meta"))
     return {
-        name: torch.empty(1, dtype=x.dtype, device=device).expand(x.shape).requires_grad_(x.requires_grad)
+        name: like.new_empty(1, dtype=x.dtype).expand(x.shape).requires_grad_(x.requires_grad)
         for name, x in seen.items()
     }
 

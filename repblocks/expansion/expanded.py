@@ -9,7 +9,8 @@ from timm.layers import BatchNormAct2d, SyncBatchNormAct  # pyright: ignore[repo
 from torch import Tensor, nn
 
 from repblocks.blocks import RepBlock, RepConv
-from repblocks.blocks.base import Children, as_module, copied, folded
+from repblocks.blocks.base import Children, as_module, folded
+from repblocks.blocks.copying import copied
 from repblocks.errors import CheckpointError
 from repblocks.fusion import AffineConv, fold
 from repblocks.fusion.faithful import overridden_methods

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, fx, nn
 
-from repblocks.blocks.base import in_float64
+from repblocks.blocks.copying import in_float64
 from repblocks.errors import FoldError
 from repblocks.graph.forms import Anchor, Cost, Form, is_last, price
 from repblocks.graph.lazy import Lazy, unit

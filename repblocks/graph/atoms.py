@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from repblocks.blocks.base import copied, in_float64
+from repblocks.blocks.copying import copied, in_float64
 from repblocks.fusion import fold
 from repblocks.graph.analysis import Analysis
 from repblocks.graph.lazy import FLOAT64, Lazy

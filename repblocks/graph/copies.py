@@ -4,7 +4,7 @@ import copy
 
 from torch import nn
 
-from repblocks.blocks.base import calculated_attributes
+from repblocks.blocks.copying import calculated_attributes
 from repblocks.errors import ConfigurationError
 
 

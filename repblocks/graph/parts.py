@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from repblocks.blocks.base import copied, on_meta
+from repblocks.blocks.copying import copied, on_meta
 from repblocks.errors import FoldError
 from repblocks.graph.analysis import Analysis
 from repblocks.graph.copies import duplicate

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from repblocks.blocks.base import on_meta
+from repblocks.blocks.copying import on_meta
 from repblocks.fusion.faithful import has_forward_hooks
 from repblocks.graph.tracing import Trace
 

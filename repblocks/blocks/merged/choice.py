@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from repblocks.blocks.merged import reading
 from repblocks.blocks.merged.cost import separate_cost
-from repblocks.blocks.merged.plans import FoldedPlan, OutputsPlan, PatchesPlan, Plan, Unmergeable
+from repblocks.blocks.merged.plans import FoldedPlan, MergedPlan, OutputsPlan, PatchesPlan, Plan, Unmergeable
 from repblocks.blocks.merged.statistics import group_of
 from repblocks.fusion.faithful import has_forward_hooks
 
@@ -106,18 +106,22 @@ def _choose(block: Block, x: Tensor, *, autocast: bool) -> Choice:
     obstacle = _obstacle(block.branches, x, autocast=autocast)
     if obstacle is not None:
         return Choice("separate", obstacle)
+    if not reading.holds_batch_norms(block.branches):
+        return _folded(block)
     plans, refusals = _plans(block, x)
     refused = "; ".join(f"no {name}: {why}" for name, why in refusals.items())
-    if "folded" in plans:
-        return Choice("folded", "no norm follows the batch", plans["folded"])
     synchronises = any(group_of(module) is not None for module in block.branches.modules())
     batch = x[:1].expand(32, *x.shape[1:]) if synchronises else x  # all processes have to choose alike
-    costs: dict[Method, float] = {"separate": MEMORY_ADVANTAGE * separate_cost(block.branches, batch)}
+    costs: dict[Method, float] = {"separate": separate_cost(block.branches, batch)}
     costs |= {name: plan.cost(batch) for name, plan in plans.items()}
     wanted = _allowed(block.execution, costs, must_synchronise=synchronises and x.device.type == "cpu")
-    best: Method = min(wanted, key=lambda name: wanted[name]) if wanted else "separate"
+    best: Method = min(wanted, key=lambda name: _weighed(name, wanted[name])) if wanted else "separate"
     estimates = ", ".join(f"{name} {cost / 1e6:.2f}" for name, cost in costs.items())
     return Choice(best, f"estimated ms: {estimates}" + (f"; {refused}" if refused else ""), plans.get(best))
+
+
+def _weighed(name: Method, cost: float) -> float:
+    return MEMORY_ADVANTAGE * cost if name == "separate" else cost
 
 
 def _allowed(execution: Execution, costs: dict[Method, float], *, must_synchronise: bool) -> dict[Method, float]:
@@ -128,16 +132,21 @@ def _allowed(execution: Execution, costs: dict[Method, float], *, must_synchroni
     return {name: cost for name, cost in merged.items() if execution in ("merged", name)}
 
 
-def _plans(block: Block, x: Tensor) -> tuple[dict[Method, Plan], dict[Method, str]]:
+def _folded(block: Block) -> Choice:
+    try:
+        return Choice("folded", "no norm follows the batch", FoldedPlan(block.branches, block.in_channels))
+    except Unmergeable as refusal:
+        return Choice("separate", f"no norm follows the batch; not folded: {refusal}")
+
+
+def _plans(block: Block, x: Tensor) -> tuple[dict[Method, MergedPlan], dict[Method, str]]:
     """The plans that suit a block and an input, and why the others do not."""
     node = reading.read(block.branches)
-    makers: dict[Method, Callable[[], Plan]] = {
+    makers: dict[Method, Callable[[], MergedPlan]] = {
         "patches": lambda: PatchesPlan(node, block.in_channels, x),
         "outputs": lambda: OutputsPlan(node, block.in_channels),
     }
-    if not reading.holds_batch_norms(block.branches):
-        makers = {"folded": lambda: FoldedPlan(block.branches, block.in_channels)}
-    plans: dict[Method, Plan] = {}
+    plans: dict[Method, MergedPlan] = {}
     refusals: dict[Method, str] = {}
     for name, make in makers.items():
         try:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from repblocks.blocks.merged.geometry import Geometry
+from repblocks.fusion import AffineConv
+from repblocks.fusion.matrix import output_size
 
 PRODUCT = 1 / 45
 """Nanoseconds per multiply-accumulate of a dense product or convolution."""
@@ -57,34 +58,33 @@ def outputs_cost(
     return products + passes * written * ELEMENT + (40 + 8 * outputs + 40 * nested + 6 * len(convs)) * CALL
 
 
-def program_cost(geometry: Geometry, rows: int, *, nested: bool) -> float:
+def program_cost(geometry: AffineConv, rows: int, *, nested: bool) -> float:
     """``w R``, ``sum w^T a w`` and the passes over rows."""
-    products = 2 * rows * geometry.out_channels * geometry.patch_size**2
-    entries = rows * geometry.out_channels * geometry.patch_size
+    entries = rows * geometry.weight.numel()
+    products = 2 * entries * geometry.weight[0].numel()
     return products * PRODUCT + 10 * entries * ELEMENT + (70 + 60 * nested) * CALL
 
 
-def pointwise_cost(geometry: Geometry, x: Tensor) -> float:
+def pointwise_cost(geometry: AffineConv, x: Tensor) -> float:
     """Three products of the convolution, two of the moments."""
     positions = _positions(geometry, x)
     macs = positions * geometry.in_channels * (3 * geometry.out_channels + 2 * geometry.in_channels)
     return macs * PRODUCT + 4 * positions * geometry.in_channels * ELEMENT + 15 * CALL
 
 
-def depthwise_cost(geometry: Geometry, x: Tensor) -> float:
+def depthwise_cost(x: Tensor) -> float:
     """Three convolutions, two of them again for the lags, one of 5x5, copies and border strips."""
     taps = 9 * 5 + 25
     return x.numel() * (taps * DEPTHWISE + 9 * ELEMENT) + 140 * CALL
 
 
-def unfolded_cost(geometry: Geometry, x: Tensor) -> float:
+def unfolded_cost(geometry: AffineConv, x: Tensor) -> float:
     """Everything over patches that are laid out, twice over."""
-    positions, size = _positions(geometry, x), geometry.patch_size
+    positions, size = _positions(geometry, x), geometry.weight[0].numel()
     per_mac = PRODUCT if geometry.groups == 1 else 10 * DEPTHWISE
     macs = positions * size * (3 * geometry.out_channels + 2 * geometry.groups * size * (1 + x.requires_grad))
     return macs * per_mac + positions * geometry.groups * size * ELEMENT * (4 + 8 * x.requires_grad) + 40 * CALL
 
 
-def _positions(geometry: Geometry, x: Tensor) -> int:
-    height, width = geometry.output_size(x.shape[2:])
-    return x.shape[0] * height * width
+def _positions(geometry: AffineConv, x: Tensor) -> int:
+    return x.shape[0] * math.prod(output_size(geometry, x.shape[2:]))

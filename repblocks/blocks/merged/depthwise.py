@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from repblocks.blocks.merged import cost
-from repblocks.blocks.merged.geometry import Geometry
-from repblocks.blocks.merged.layout import added, in_parts, parts_of, put, rows_of
+from repblocks.blocks.merged.layout import added, convolution_gradients, in_parts, parts_of, put, rows_of
 from repblocks.blocks.merged.patches import Patches, convolution_backward, convolved
 from repblocks.blocks.merged.statistics import Moments
+from repblocks.fusion import AffineConv
 
 OFFSETS = (-1, 0, 1)
 TAPS = tuple(product(OFFSETS, OFFSETS))
@@ -28,7 +28,7 @@ class Depthwise(Patches):
     """3x3, stride 1, one pixel of zeros around, each channel by itself."""
 
     @staticmethod
-    def fits(geometry: Geometry, size: Sequence[int]) -> bool:
+    def fits(geometry: AffineConv, size: Sequence[int]) -> bool:
         """Whether a geometry is of this kind, and a map is large enough to have four borders."""
         ones = geometry.stride == geometry.dilation == (1, 1) and geometry.padding == ((1, 1), (1, 1))
         single = geometry.groups == geometry.in_channels == geometry.out_channels
@@ -36,7 +36,7 @@ class Depthwise(Patches):
 
     def cost(self, x: Tensor) -> float:
         """Depthwise convolutions and small operations."""
-        return cost.depthwise_cost(self.geometry, x)
+        return cost.depthwise_cost(x)
 
     def moments(self, x: Tensor) -> Moments:
         """From lags, border strips and corners of the centred map; the padding then counts as minus the mean."""
@@ -71,7 +71,7 @@ class Depthwise(Patches):
             dx += F.conv2d(x[part], everywhere, constant, padding=2, groups=x.shape[1])
             borders = kernels[:, 25:].t(), constants[:, 1:].t()
             _add_borders(dx.permute(0, 2, 3, 1), x[part].permute(0, 2, 3, 1), *borders)
-            gradient = put(gradient, part, dx, x)
+            gradient = put(gradient, part, dx, len(x))
         assert gradient is not None
         return gradient
 
@@ -92,11 +92,9 @@ def _lags(x: Tensor) -> Tensor:
 
 
 def _nine_lags(x: Tensor, ahead: Tensor) -> Tensor:
-    channels, one = x.shape[3], [1, 1]
+    channels, one = x.shape[3], (1, 1)
     maps = (x.permute(0, 3, 1, 2), ahead.permute(0, 3, 1, 2), x.new_empty(channels, 1, 3, 3))
-    backward = torch.ops.aten.convolution_backward
-    lags = backward(*maps, None, one, [0, 0], one, False, [0, 0], channels, [False, True, False])[1]  # noqa: FBT003
-    return lags.reshape(channels, 9)
+    return convolution_gradients(*maps, one, (0, 0), one, channels, (False, True, False))[1].reshape(channels, 9)
 
 
 def _borders(x: Tensor) -> Tensor:

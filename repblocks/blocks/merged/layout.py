@@ -3,11 +3,10 @@
 import functools
 import operator
 from collections.abc import Callable, Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor
-
-from repblocks.fusion.geometry import Pair
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -21,14 +20,14 @@ def empty_map(like: Tensor, channels: int) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def sampled(x: Tensor, steps: Pair) -> Tensor:
+def sampled(x: Tensor, steps: Sequence[int]) -> Tensor:
     """Every so many rows and columns of ``[N, C, H, W]``: what a pointwise convolution of that stride reads."""
-    return x if steps == (1, 1) else x[:, :, :: steps[0], :: steps[1]]
+    return x if tuple(steps) == (1, 1) else x[:, :, :: steps[0], :: steps[1]]
 
 
-def spread(pixels: Tensor, steps: Pair, like: Tensor) -> Tensor:
+def spread(pixels: Tensor, steps: Sequence[int], like: Tensor) -> Tensor:
     """The transpose of `sampled`: pixels of a map like another one, zeros between them."""
-    if steps == (1, 1):
+    if tuple(steps) == (1, 1):
         return pixels
     whole = torch.zeros_like(like, dtype=pixels.dtype)
     sampled(whole, steps).copy_(pixels)
@@ -48,31 +47,40 @@ def parts_of(*maps: Tensor) -> list[slice]:
     return [slice(start, start + images) for start in range(0, len(maps[0]), images)]
 
 
+def convolution_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of input, weight and bias of a 2d convolution, of which only the wanted ones are calculated."""
+    transposed, output_padding, bias_sizes = False, (0, 0), [len(weight)]
+    geometry = (stride, padding, dilation, transposed, output_padding, groups)
+    return torch.ops.aten.convolution_backward(dy, x, weight, bias_sizes, *geometry, wanted)
+
+
 def in_parts(convolve: Callable[[Tensor], list[Tensor]], x: Tensor) -> list[Tensor]:
     """``convolve(x)``, a few images at a time: depthwise convolutions are several times faster within the cache."""
-    parts = parts_of(x, x)
-    if len(parts) == 1:
-        return convolve(x)
-    first = convolve(x[parts[0]])
-    whole = [_like(some, len(x)) for some in first]
-    for part in parts:
-        for target, some in zip(whole, first if part is parts[0] else convolve(x[part]), strict=True):
-            target[part] = some
+    whole: list[Tensor] = []
+    for part in parts_of(x, x):
+        pairs = zip(whole or repeat(None), convolve(x[part]), strict=False)
+        whole = [put(before, part, some, len(x)) for before, some in pairs]
     return whole
 
 
-def _like(some: Tensor, images: int) -> Tensor:
-    """Room for a whole batch of what a part looks like."""
-    last = some.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    return torch.empty((images, *some.shape[1:]), dtype=some.dtype, device=some.device, memory_format=layout)
-
-
-def put(whole: Tensor | None, part: slice, some: Tensor, like: Tensor) -> Tensor:
-    """Put a part of a batch into the whole, which is made like another map; a sole part is the whole."""
+def put(whole: Tensor | None, part: slice, some: Tensor, images: int) -> Tensor:
+    """Put what belongs to a part of a batch into the whole, which is laid out like it; a sole part is the whole."""
     if part == slice(None):
         return some
-    whole = torch.empty_like(like, dtype=some.dtype) if whole is None else whole
+    if whole is None:
+        last = some.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        shape = (images, *some.shape[1:])
+        whole = torch.empty(shape, dtype=some.dtype, device=some.device, memory_format=layout)
     whole[part] = some
     return whole
 

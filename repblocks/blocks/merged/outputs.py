@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from repblocks.blocks.merged.layout import added, in_parts, parts_of, put, sampled, spread
+from repblocks.blocks.merged.layout import added, convolution_gradients, in_parts, parts_of, put, sampled, spread
 from repblocks.blocks.merged.precision import convolution_dtype, widened, without_autocast
 from repblocks.blocks.merged.programs import Program, Pull
 from repblocks.blocks.merged.statistics import Moments, require_statistics, synchronised
@@ -45,11 +45,9 @@ class OwnConv:
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Gradients of the input and of the parameters."""
         weight, bias = parameters[0].to(x.dtype), len(parameters) > 1
-        wanted = [needs_input, True, bias]
-        sizes = None if not bias else [len(weight)]
-        backward = torch.ops.aten.convolution_backward
         read = sampled(x, self.sampling)
-        dx, *own = backward(dy, read, weight, sizes, *self.geometry, False, [0, 0], self.groups, wanted)  # noqa: FBT003
+        wanted = (needs_input, True, bias)
+        dx, *own = convolution_gradients(dy, read, weight, *self.geometry, self.groups, wanted)
         dx = spread(dx, self.sampling, x) if needs_input else None
         return dx, [g.to(p.dtype) for g, p in zip(own, parameters, strict=False)]
 
@@ -138,7 +136,7 @@ class OutputsCall:
         for part in parts_of(outputs[0], x):
             images = back.run(x[part], [f[part] for f in outputs], self._split(own), dy[part], part, wants_input)
             if wants_input and images is not None:
-                dx = put(dx, part, images, x)
+                dx = put(dx, part, images, len(x))
         return [dx, *back.of_kept, *back.of_own, *self.program.gradients]
 
     def pulled(self, k: int, outputs: Sequence[Tensor], dy: Tensor, pull: Pull) -> Tensor:
@@ -176,8 +174,10 @@ class _Backward:
         """The input's gradient for some images; gradients of parameters add up, of kept outputs are filled in."""
         call, first = self.call, len(self.kept)
         for k, whole in enumerate(self.of_kept):
-            self.of_kept[k] = put(whole, part, call.pulled(k, outputs, dy, self.pull), self.kept[k])
-        dx = None if call.sampling is None else self._through_sampling(x, outputs, dy, call.sampling)
+            self.of_kept[k] = put(whole, part, call.pulled(k, outputs, dy, self.pull), len(self.kept[k]))
+        dx = None
+        if call.sampling is not None:
+            dx = spread(call.pulled(len(outputs) - 1, outputs, dy, self.pull), call.sampling, x)
         gradients: list[Tensor] = []
         for k, conv in enumerate(call.convs):
             pulled = call.pulled(first + k, outputs, dy, self.pull)
@@ -186,10 +186,6 @@ class _Backward:
             dx = more if dx is None else dx if more is None else dx.add_(more)
         self.of_own = [a + b for a, b in zip(self.of_own, gradients, strict=True)] if self.of_own else gradients
         return dx
-
-    def _through_sampling(self, x: Tensor, outputs: Sequence[Tensor], dy: Tensor, sampling: Pair) -> Tensor:
-        pulled = self.call.pulled(len(outputs) - 1, outputs, dy, self.pull)
-        return spread(pulled, sampling, x)
 
 
 class _Outputs(torch.autograd.Function):
@@ -251,7 +247,7 @@ def _combined(outputs: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor
         some = torch.addcmul(_channels(bias), first[part], factors[0])
         for f, factor in zip(outputs[1:], factors[1:], strict=True):
             some.addcmul_(f[part], factor)
-        total = put(total, part, some.to(first.dtype), first)
+        total = put(total, part, some.to(first.dtype), len(first))
     assert total is not None
     return total
 

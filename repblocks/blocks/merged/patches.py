@@ -10,18 +10,34 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from repblocks.blocks.merged import cost
-from repblocks.blocks.merged.geometry import Geometry
-from repblocks.blocks.merged.layout import add_symmetric_, empty_map, mirrored, parts_of, rows_of, sampled, spread
+from repblocks.blocks.merged.layout import (
+    add_symmetric_,
+    convolution_gradients,
+    empty_map,
+    mirrored,
+    parts_of,
+    rows_of,
+    sampled,
+    spread,
+)
 from repblocks.blocks.merged.precision import convolution_dtype, widened, without_autocast
 from repblocks.blocks.merged.programs import Program
 from repblocks.blocks.merged.statistics import Moments, require_statistics, synchronised
+from repblocks.fusion import AffineConv
 from repblocks.fusion.geometry import Pair, flat_padding
+from repblocks.fusion.matrix import output_size
 
 
 class Patches(ABC):
-    """How to see, convolve and pull back the patches of one geometry."""
+    """How to see, convolve and pull back the patches of one geometry.
 
-    def __init__(self, geometry: Geometry) -> None:
+    A patch is ``u_t`` of P entries, channels of one group times taps, in the order of ``weight.flatten(1)``.
+
+    Args:
+        geometry: The merged convolution, padded by zeros; its numbers are not read.
+    """
+
+    def __init__(self, geometry: AffineConv) -> None:
         self.geometry = geometry
 
     @abstractmethod
@@ -55,7 +71,7 @@ class PatchesCall:
         """The merged convolution of x, in the dtype of the convolution."""
         self.moments = synchronised(self.patches.moments(widened(x)), self.group)
         geometry = self.patches.geometry
-        require_statistics(self.moments.count, (len(x), geometry.out_channels, *geometry.output_size(x.shape[2:])))
+        require_statistics(self.moments.count, (len(x), geometry.out_channels, *output_size(geometry, x.shape[2:])))
         weight, bias = self.program.forward(self.moments)
         self.weight = weight
         return self.patches.convolve(x.to(cast), weight.to(cast), bias.to(cast))
@@ -165,12 +181,12 @@ class Unfolded(Patches):
 
     def _unfolded(self, x: Tensor) -> Tensor:
         """``[groups, M, P]``."""
-        slices = self._slices(F.pad(x, flat_padding(self.geometry.padding)), self.geometry.output_size(x.shape[2:]))
+        slices = self._slices(F.pad(x, flat_padding(self.geometry.padding)), output_size(self.geometry, x.shape[2:]))
         taps = torch.stack(slices, -1)
-        patches = taps.permute(0, 2, 3, 1, 4).reshape(-1, self.geometry.groups, self.geometry.patch_size)
+        patches = taps.permute(0, 2, 3, 1, 4).reshape(-1, self.geometry.groups, self.geometry.weight[0].numel())
         return patches.transpose(0, 1)
 
-    def _slices(self, padded: Tensor, size: Pair) -> list[Tensor]:
+    def _slices(self, padded: Tensor, size: Sequence[int]) -> list[Tensor]:
         """For each tap, the view of the padded map that it reads."""
         (down, right), (rows, columns) = self.geometry.stride, self.geometry.dilation
         return [
@@ -185,7 +201,7 @@ class Unfolded(Patches):
 
     def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
         """The convolution's own."""
-        shape = (self.geometry.groups, -1, self.geometry.patch_size)
+        shape = (self.geometry.groups, -1, self.geometry.weight[0].numel())
         return convolution_backward(self.geometry, x, dy, None).reshape(shape)
 
     def input_gradient(self, x: Tensor, dy: Tensor, weight: Tensor, curvature: Tensor, offset: Tensor) -> Tensor:
@@ -195,15 +211,16 @@ class Unfolded(Patches):
         cotangent = rows_of(dy).to(wide).view(-1, groups, weight.shape[1]).transpose(0, 1)
         du = cotangent @ weight + self._unfolded(x.to(wide)) @ curvature + offset.unsqueeze(1)
         padded = F.pad(torch.zeros_like(x, dtype=wide), flat_padding(self.geometry.padding))
-        size = self.geometry.output_size(x.shape[2:])
-        by_tap = du.transpose(0, 1).reshape(x.shape[0], *size, x.shape[1], self.geometry.taps)
-        for i, view in enumerate(self._slices(padded, size)):
+        size = output_size(self.geometry, x.shape[2:])
+        slices = self._slices(padded, size)
+        by_tap = du.transpose(0, 1).reshape(x.shape[0], *size, x.shape[1], len(slices))
+        for i, view in enumerate(slices):
             view.add_(by_tap[..., i].permute(0, 3, 1, 2))
         (top, _), (left, _) = self.geometry.padding
         return padded[:, :, top : top + x.shape[2], left : left + x.shape[3]].to(x.dtype)
 
 
-def padded_evenly(geometry: Geometry, x: Tensor) -> tuple[Tensor, Pair]:
+def padded_evenly(geometry: AffineConv, x: Tensor) -> tuple[Tensor, Pair]:
     """The input and the padding that is left to the convolution, which knows the same on both sides only."""
     (top, bottom), (left, right) = geometry.padding
     if top == bottom and left == right:
@@ -211,19 +228,18 @@ def padded_evenly(geometry: Geometry, x: Tensor) -> tuple[Tensor, Pair]:
     return F.pad(x, flat_padding(geometry.padding)), (0, 0)
 
 
-def convolved(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def convolved(geometry: AffineConv, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The convolution of a geometry."""
     x, padding = padded_evenly(geometry, x)
-    kernel = weight.reshape(geometry.weight_shape)
+    kernel = weight.reshape(geometry.weight.shape)
     return F.conv2d(x, kernel, bias, geometry.stride, padding, geometry.dilation, geometry.groups)
 
 
-def convolution_backward(geometry: Geometry, x: Tensor, dy: Tensor, weight: Tensor | None) -> Tensor:
+def convolution_backward(geometry: AffineConv, x: Tensor, dy: Tensor, weight: Tensor | None) -> Tensor:
     """Gradient of the evenly padded input, where a weight is given, or that of the weight, where none is."""
     padded, padding = padded_evenly(geometry, x)
-    kernel = padded.new_empty(geometry.weight_shape) if weight is None else weight.reshape(geometry.weight_shape)
-    sizes = (geometry.stride, padding, geometry.dilation)
-    wanted = [weight is not None, weight is None, False]
-    backward = torch.ops.aten.convolution_backward
-    gradients = backward(dy, padded, kernel.to(dy.dtype), None, *sizes, False, [0, 0], geometry.groups, wanted)  # noqa: FBT003
+    kernel = padded.new_empty(geometry.weight.shape) if weight is None else weight.reshape(geometry.weight.shape)
+    sizes = (geometry.stride, padding, geometry.dilation, geometry.groups)
+    wanted = (weight is not None, weight is None, False)
+    gradients = convolution_gradients(dy, padded, kernel.to(dy.dtype), *sizes, wanted)
     return gradients[1 if weight is None else 0]

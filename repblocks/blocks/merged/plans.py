@@ -1,21 +1,19 @@
 """How a block can run merged: plans made once for its branches, each of which runs many forward passes."""
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from repblocks.blocks.copying import copied, in_float64
 from repblocks.blocks.layers import AlignedConv2d
 from repblocks.blocks.merged import cost, reading
 from repblocks.blocks.merged.depthwise import Depthwise
 from repblocks.blocks.merged.flat_rows import FlatRows, Rows
 from repblocks.blocks.merged.flat_scales import FlatScales, NormedScales, Scales
-from repblocks.blocks.merged.geometry import Geometry
 from repblocks.blocks.merged.nested import Nested
 from repblocks.blocks.merged.outputs import OutputsCall, OwnConv, run_outputs
 from repblocks.blocks.merged.patches import Patches, PatchesCall, Pointwise, Unfolded, run_patches
@@ -27,8 +25,6 @@ from repblocks.fusion import AffineConv, compose, fold
 from repblocks.fusion.alignment import Window
 from repblocks.fusion.faithful import is_faithful
 from repblocks.fusion.geometry import Pair
-
-Size = TypeVar("Size")
 
 
 class Unmergeable(Exception):
@@ -42,9 +38,13 @@ class Plan(ABC):
     def run(self, x: Tensor) -> Tensor:
         """One forward pass."""
 
+
+class MergedPlan(Plan):
+    """Abstract: one that competes with the separate branches."""
+
+    @abstractmethod
     def cost(self, x: Tensor) -> float:
         """Estimated nanoseconds of a forward and backward pass over inputs like x; only their order matters."""
-        return 0.0
 
 
 class FoldedPlan(Plan):
@@ -65,7 +65,7 @@ class FoldedPlan(Plan):
         return fold(self.branches, self.in_channels)(x)
 
 
-class PatchesPlan(Plan):
+class PatchesPlan(MergedPlan):
     """Norms from the moments of the input's patches; one convolution runs.
 
     Raises:
@@ -73,6 +73,7 @@ class PatchesPlan(Plan):
     """
 
     def __init__(self, node: Node, in_channels: int, x: Tensor) -> None:
+        _require_norms(node)
         self.node, self.group = node, _only_group(node)
         found = dict.fromkeys(reading.leaves(node))
         self.values = {leaf: numbered(leaf, in_channels) for leaf in found}
@@ -83,21 +84,16 @@ class PatchesPlan(Plan):
         self.patches = self._patches(x)
         self.rows = self._flat_rows()
 
-    def _geometry(self) -> Geometry:
+    def _geometry(self) -> AffineConv:
+        """The merged convolution, without numbers."""
         first, *_ = values = list(self.values.values())
-        return Geometry(
-            in_channels=first.in_channels,
-            out_channels=first.out_channels,
-            kernel_size=_pair(self.window.kernel_size),
-            stride=_pair(self.window.stride),
-            padding=_pair(self.window.padding),
-            dilation=_pair(self.window.dilation),
-            groups=math.gcd(*(value.groups for value in values)),
-        )
+        groups = math.gcd(*(value.groups for value in values))
+        shape = (first.out_channels, first.in_channels // groups, *self.window.kernel_size)
+        return self.window.conv(torch.empty(shape, device="meta"), None, groups)
 
     def _patches(self, x: Tensor) -> Patches:
         geometry = self.geometry
-        if geometry.taps == 1 and geometry.groups == 1 and not any(map(any, geometry.padding)):
+        if math.prod(geometry.kernel_size) == 1 and geometry.groups == 1 and not geometry.pads:
             return Pointwise(geometry)
         return Depthwise(geometry) if Depthwise.fits(geometry, x.shape[2:]) else Unfolded(geometry)
 
@@ -132,7 +128,8 @@ class PatchesPlan(Plan):
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of the merged weight: groups, channels that each writes, P."""
-        return self.geometry.groups, self.geometry.out_channels // self.geometry.groups, self.geometry.patch_size
+        groups = self.geometry.groups
+        return groups, self.geometry.out_channels // groups, self.geometry.weight[0].numel()
 
     def _aligned(self, value: AffineConv) -> AffineConv:
         """A value over the patches, without spatial dims."""
@@ -161,7 +158,7 @@ class PatchesPlan(Plan):
         return FlatRows(self.rows), self.rows.parameters
 
 
-class OutputsPlan(Plan):
+class OutputsPlan(MergedPlan):
     """Branches convolve one by one; their norms and sums become one combination of what they give.
 
     Convolutions of few MACs are run again in the backward pass instead of being kept.
@@ -171,6 +168,7 @@ class OutputsPlan(Plan):
     """
 
     def __init__(self, node: Node, in_channels: int) -> None:
+        _require_norms(node)
         self.node, self.group = node, _only_group(node)
         found = list(dict.fromkeys(reading.leaves(node)))
         steps = {leaf: _sampling(leaf, in_channels) for leaf in found}
@@ -251,11 +249,6 @@ class OutputsPlan(Plan):
         return compose(value, AffineConv(weight=scale.weight.flatten(1), bias=scale.bias, groups=channels))
 
 
-def _pair(sizes: Sequence[Size]) -> tuple[Size, Size]:
-    height, width = sizes
-    return height, width
-
-
 def live(leaf: Leaf, in_channels: int, like: Tensor) -> AffineConv:
     """The value of a leaf that refers to its parameters, in the dtype of the moments."""
     value = fold.constant(leaf.module or nn.Identity(), in_channels)
@@ -270,7 +263,7 @@ def numbered(leaf: Leaf, in_channels: int) -> AffineConv:
     """
     if leaf.follows_batch:
         raise Unmergeable(f"{type(leaf.module).__name__} has norms inside that are not understood")
-    module = copy.deepcopy(leaf.module or nn.Identity()).to("cpu", torch.float64)
+    module = copied(leaf.module or nn.Identity(), in_float64)
     if isinstance(module, nn.Conv2d) and reading.plain_conv(leaf) is not None:
         module.weight = nn.Parameter(torch.arange(1.0, module.weight.numel() + 1).double().view(module.weight.shape))
     try:
@@ -316,13 +309,16 @@ def _is_own(leaf: Leaf) -> bool:
     return is_faithful(conv, nn.Conv2d) or (unmoved and conv.kernel_size == (1, 1))
 
 
-def _only_group(node: Node) -> dist.ProcessGroup | None:
+def _require_norms(node: Node) -> None:
     found = list(reading.norms(node))
-    groups = {group_of(norm) for norm in found}
-    if not groups:
+    if not found:
         raise Unmergeable("no norm of the batch stands behind a sum or chain that is understood")
     if len(set(found)) < len(found):
         raise Unmergeable("one norm stands behind several branches")
+
+
+def _only_group(node: Node) -> dist.ProcessGroup | None:
+    groups = {group_of(norm) for norm in reading.norms(node)}
     if len(groups) > 1:
         raise Unmergeable("norms that share statistics with different processes")
     return groups.pop()

@@ -1,13 +1,11 @@
 """What BatchNorm does with the mean and variance of a batch: normalise, keep running statistics, synchronise."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-Outer = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +42,7 @@ def synchronised(local: Moments, group: dist.ProcessGroup | None) -> Moments:
     """The moments of the positions of all processes of a group from those of each: ``(M, sum u, sum u u^T)``."""
     if group is None:
         return local
-    deviation_of: Outer = _squared if local.covariance.ndim == local.mean.ndim else _outer
+    deviation_of = _squared if local.covariance.ndim == local.mean.ndim else _outer
     sums = torch.cat([local.mean.new_tensor([float(local.count)]), (local.count * local.mean).flatten()])
     dist.all_reduce(sums, group=group)
     count = round(sums[0].item())

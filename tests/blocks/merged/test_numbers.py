@@ -55,6 +55,14 @@ def norm_buffers(left, kind):
     return {name: value for name, value in left.items() if name.endswith(kind)}
 
 
+def assert_variances_survive(block, x, method):
+    """Of an input in float32: within 1e-4 of those of separate branches in float64."""
+    exact = step(in_execution(block, "separate").double(), x.double())
+    left = step(in_execution(block, method), x)
+    for buffer, value in norm_buffers(exact, "running_var").items():
+        assert relative(left[buffer], value) <= 1e-4
+
+
 @over_methods
 @over_places
 @pytest.mark.parametrize("name", ["repvgg", "mobileone", "acb", "repvit", "qarepvgg", "norms_in_series"])
@@ -64,10 +72,7 @@ def test_variances_in_float32_survive_a_mean_of_a_thousand_deviations(name, plac
     make = BUILDERS.get(name) or make_mixture(name)
     block = of_the_last_batch(make(*geometry.shape, **geometry.arguments(), padding=0))
     x = (geometry.image().detach() + 1e3).float().contiguous(memory_format=torch.channels_last)
-    exact = step(in_execution(block, "separate").double(), x.double())
-    left = step(in_execution(block, method), x)
-    for buffer, value in norm_buffers(exact, "running_var").items():
-        assert relative(left[buffer], value) <= 1e-4
+    assert_variances_survive(block, x, method)
 
 
 @over_methods
@@ -78,10 +83,7 @@ def test_padded_variances_in_float32_survive_a_large_mean(place, method):
     block = of_the_last_batch(BUILDERS["mobileone"](*geometry.shape, **geometry.arguments()))
     shift = torch.tensor([1e3, -1e3, 0.0, 30.0, 1e3, 1.0])[: geometry.shape[0], None, None]
     x = geometry.image().detach().float() + shift
-    exact = step(in_execution(block, "separate").double(), x.double())
-    left = step(in_execution(block, method), x)
-    for buffer, value in norm_buffers(exact, "running_var").items():
-        assert relative(left[buffer], value) <= 1e-4
+    assert_variances_survive(block, x, method)
 
 
 @over_methods
