@@ -2,10 +2,7 @@
 
 import copy
 import json
-import os
-import secrets
-from collections.abc import Generator, Mapping, Set
-from contextlib import contextmanager
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,6 +13,7 @@ from torch import Tensor, nn
 
 from repblocks.blocks.base import OTHER_FORM, RepBlock, deployed, form_of
 from repblocks.errors import CheckpointError, ConfigurationError
+from repblocks.files import replacing
 from repblocks.header import built, carry_description, checked, damaged, describe, require_rebuildable
 
 Form = Literal["train", "deploy"]
@@ -101,38 +99,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, assign: boo
     if missing or unexpected or misshapen:
         raise CheckpointError(_misfit(missing, unexpected, misshapen))
     model.load_state_dict(weights, assign=assign)
-
-
-@contextmanager
-def replacing(path: Path) -> Generator[Path]:
-    """Give a temporary name beside ``path``; what was written there replaces ``path`` at the end, or vanishes.
-
-    The content is on the disk before the old file goes, so at every moment there is one complete file or none.
-
-    Raises:
-        CheckpointError: The file system refuses.
-    """
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _vanishing(temporary):
-            yield temporary
-            with temporary.open("rb+") as written:
-                os.fsync(written.fileno())
-            temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot write {path.absolute()} ({error}); give a path in a folder that you may write to, on a disk with "
-            "space left"
-        ) from error
-
-
-@contextmanager
-def _vanishing(path: Path) -> Generator[None]:
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

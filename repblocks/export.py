@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from repblocks.blocks.base import deployed
-from repblocks.checkpoint import load, replacing, save
+from repblocks.checkpoint import load, save
 from repblocks.errors import ConfigurationError, VerificationError
+from repblocks.files import replacing
 from repblocks.header import describe, dtype_of
 from repblocks.verification import HALF_PRECISION, EquivalenceReport, block_errors, most_different, verify
 

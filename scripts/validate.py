@@ -67,6 +67,9 @@ def preprocessing(model: Any) -> list[str]:
     values = {
         "in_chans": model.model_args["in_chans"],
         "image_size": list(config["input_size"][1:]),
+        "eval_size": "null",
+        "progressive": "{}",
+        "in_memory": "false",
         "mean": list(config["mean"]),
         "std": list(config["std"]),
         "interpolation": config["interpolation"],

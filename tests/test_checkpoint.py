@@ -7,8 +7,9 @@ from checkpoint_cases import ZOO, header, images, in_form, rewrite, trained
 from torch import nn
 
 from repblocks.blocks import deployed, form_of
-from repblocks.checkpoint import load, load_weights, replacing, save
+from repblocks.checkpoint import load, load_weights, save
 from repblocks.errors import CheckpointError, ConfigurationError
+from repblocks.files import replacing
 from repblocks.models import create_model
 from repblocks.verification import verify
 

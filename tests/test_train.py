@@ -96,8 +96,9 @@ def test_help_explains_groups_and_shows_examples(tmp_path: Path) -> None:
     assert done.returncode == 0
     for words in (
         "parallel branches",
-        "python train.py data=cifar10",
-        "data: cifar10, cifar100, digits, imagefolder",
+        "python train.py experiment=cifar10_repvgg",
+        "data: cifar10, cifar100, digits, imagefolder, imagenet, timm, wds",
+        "experiment: cifar100_repvgg, cifar10_acnet_resnet56",
         "trainer: auto, cpu, ddp, gpu",
         "max_epochs:",
     ):

@@ -7,8 +7,10 @@ from repblocks.models.repnext import RepNeXt
 from repblocks.models.repnextm import RepNeXtM
 from repblocks.models.repvgg import RepVGG
 from repblocks.models.repvit import RepViT
+from repblocks.models.resnet_cifar import ResNetCifar
 from repblocks.models.staged import StagedNet
 from repblocks.models.unireplknet import UniRepLKNet
+from repblocks.models.vgg_cifar import VGGCifar
 
 __all__ = [
     "MobileOne",
@@ -17,8 +19,10 @@ __all__ = [
     "RepNeXtM",
     "RepVGG",
     "RepViT",
+    "ResNetCifar",
     "StagedNet",
     "UniRepLKNet",
+    "VGGCifar",
     "create_model",
     "list_models",
     "register",

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -20,7 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from repblocks.errors import RepblocksError
+from repblocks.training.checkpoints.files import FOLDER, last_checkpoint
 from repblocks.training.summary import Summary
+from repblocks.training.task import ClassificationTask
 
 _CHATTER = (
     "Tip: For seamless cloud",  # advertisements for litlogger and litmodels
@@ -28,6 +31,8 @@ _CHATTER = (
     "TPU available: ",
     "HPU available: ",
     "`Trainer.fit` stopped: `max_epochs=",  # the epoch lines end there
+    "Restoring states from the checkpoint path",  # a resumed run names its checkpoint
+    "Restored all states from the checkpoint",
 )
 
 
@@ -78,23 +83,25 @@ def _said(error: RepblocksError) -> str:
 
 
 @contextmanager
-def interruptible(folder: Path) -> Generator[None]:
-    """On Ctrl-C say what is left of the run in ``folder``, and exit with code 130 as interrupted commands do."""
+def stoppable(folder: Path) -> Generator[None]:
+    """Where a signal ends the run in ``folder``, say what is left of it and how it goes on."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit) as stop:
-        # Lightning turns the interrupt of a fit into an exit with code 1.
-        if not isinstance(stop.__context__ if isinstance(stop, SystemExit) else stop, KeyboardInterrupt):
-            raise
-        best = folder / "checkpoints" / "best.ckpt"
-        kept = f"{shortest(best)} is kept: python scripts/validate.py {shortest(best)}"
-        Console(stderr=True).print(
-            f"interrupted; {kept if best.is_file() else 'no checkpoint was written yet'}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code in STOPPED:
+            written = last_checkpoint(folder / FOLDER)
+            resumed = f"go on with: python train.py resume=auto hydra.run.dir={shortest(folder)}"
+            Console(stderr=True).print(
+                f"{STOPPED[stop.code]}; {resumed if written else 'no checkpoint was written yet'}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+        raise
+
+
+STOPPED = {128 + signal.SIGINT: "interrupted", 128 + signal.SIGTERM: "terminated"}
+"""Exit codes of a process that a signal stopped, and what is said then."""
 
 
 class EpochBar(RichProgressBar):
@@ -110,12 +117,18 @@ class EpochLines(pl.Callback):
     def __init__(self) -> None:
         self.started = 0.0
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock of an epoch that a resumed run is in."""
+        self.started = time.perf_counter()
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
         self.started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the epoch's metrics, on the first process."""
+        """Log the epoch's metrics, and print them on the first process."""
+        assert isinstance(pl_module, ClassificationTask)
+        pl_module.log_train_metrics()
         # Reading a metric averages it over all processes, so each has to read.
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not trainer.is_global_zero:
@@ -149,7 +162,7 @@ def summary_table(summary: Summary) -> Table:
 
 def written_files(folder: Path) -> str:
     """The files of a run, one per line."""
-    names = ("deploy/*", "checkpoints/*", "metrics.csv", "summary.json")
+    names = ("deploy/*", f"{FOLDER}/best.ckpt", f"{FOLDER}/last.ckpt", "metrics.csv", "summary.json")
     found = [path for name in names for path in sorted(folder.glob(name))]
     return "\n".join(["written:", *(f"  {shortest(path)}" for path in found)])
 

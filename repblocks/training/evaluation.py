@@ -9,24 +9,24 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from repblocks.errors import DataError
-from repblocks.training.data import ImageData, Loader
+from repblocks.training.data import IGNORED, ImageData, Loader
 
 
 def accuracy(model: nn.Module, loader: Loader, *, classes: int, what: str) -> float:
-    """Fraction of images classified right, each counted once, in float32.
+    """Fraction of images classified right, each counted once, in float32; those labelled ``IGNORED`` are left out.
 
     It runs in this process only, so it may be called by one rank of a distributed job.
 
     Args:
         model: In eval mode; its device is used.
-        loader: Batches of images and labels.
+        loader: Batches of images, labels and positions.
         classes: Number of classes.
         what: Shown beside the progress bar.
     """
     device = next(model.parameters()).device
-    metric = MulticlassAccuracy(classes, average="micro", sync_on_compute=False).to(device)
+    metric = MulticlassAccuracy(classes, average="micro", ignore_index=IGNORED, sync_on_compute=False).to(device)
     with torch.inference_mode():
-        for images, labels in track(loader, what, transient=True, disable=not get_console().is_terminal):
+        for images, labels, _ in track(loader, what, transient=True, disable=not get_console().is_terminal):
             metric.update(model(images.to(device)), labels.to(device))
     return metric.compute().item()
 

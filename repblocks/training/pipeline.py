@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import ModelCheckpoint
 from rich import get_console
 from torch import nn
 
@@ -15,12 +14,17 @@ from repblocks.errors import CheckpointError, ConfigurationError
 from repblocks.expansion.recipe import recipe_of
 from repblocks.expansion.report import ExpansionReport
 from repblocks.export import FORMATS, check_formats, export, installed_formats
-from repblocks.training.build import Config, make_model, make_task, make_trainer, require_output
-from repblocks.training.console import interruptible, quiet_lightning, shortest, summary_table, written_files
+from repblocks.training.build import Config, make_model, make_task, require_output
+from repblocks.training.checkpoints.callback import RunCheckpoints
+from repblocks.training.checkpoints.files import FOLDER, step_of
+from repblocks.training.checkpoints.restore import model_from_checkpoint
+from repblocks.training.checkpoints.resume import checkpoint_to_go_on_from, record, settled
+from repblocks.training.console import quiet_lightning, shortest, stoppable, summary_table, written_files
 from repblocks.training.data import DataConfig, ImageData
 from repblocks.training.expansion import contracted, expanded, remarks_on
-from repblocks.training.restore import model_from_checkpoint
+from repblocks.training.reestimation import reestimate
 from repblocks.training.summary import Stopwatch, Summary, measure, versions
+from repblocks.training.trainer import make_trainer
 from repblocks.verification import verify
 
 VERIFIED_IMAGES = 64
@@ -31,7 +35,8 @@ def run(config: Config, folder: Path) -> Summary | None:
     """Train, collapse, verify, export; every file lands in ``folder``.
 
     Args:
-        config: The composed configuration (``configs/``) as plain values.
+        config: The composed configuration (``configs/``) as plain values; with ``resume=auto`` the run in the folder
+            goes on, if there is one.
         folder: The run folder.
 
     Returns:
@@ -41,20 +46,22 @@ def run(config: Config, folder: Path) -> Summary | None:
         RepblocksError: Whatever stops the run on purpose; checkpoints written until then stay.
     """
     quiet_lightning()
+    config = settled(config, folder)
     check_formats(chosen_formats(config))
     pl.seed_everything(checked_seed(config["seed"]), workers=True, verbose=False)
-    clock = Stopwatch()
+    clock, checkpoint = Stopwatch(), checkpoint_to_go_on_from(config, folder)
+    trainer = make_trainer(config, folder, purge_from=checkpoint and step_of(checkpoint) + 1)
     with clock("data"):
-        data = ImageData(DataConfig.of(config["data"]))
+        data = ImageData(DataConfig.of(config["data"]), seed=config["seed"], epochs=config["trainer"]["max_epochs"])
     model, expansion = expanded(make_model(config["model"], data), config["model"]["expand"])
     set_execution(model, config["model"]["execution"])
     require_output(model, data)
-    trainer = make_trainer(config, folder)
     task = make_task(config, model, data, trainer)
-    announce(config, data, trainer, folder, remarks(config, model, expansion))
-    with interruptible(folder):
+    record(config, folder)
+    announce(config, data, trainer, folder, remarks(config, model, expansion, checkpoint))
+    with stoppable(folder):
         with clock("fit"):
-            trainer.fit(task, datamodule=data)
+            trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
         return conclude(config, data, trainer, folder, clock) if trainer.is_global_zero else None
 
 
@@ -75,9 +82,12 @@ def chosen_formats(config: Config) -> list[str]:
     return installed_formats() if formats is None else formats
 
 
-def remarks(config: Config, model: nn.Module, expansion: ExpansionReport | None) -> list[str]:
-    """What users should know before they wait: what is expanded, nothing to collapse, formats without packages."""
-    found = [] if expansion is None else remarks_on(expansion)
+def remarks(
+    config: Config, model: nn.Module, expansion: ExpansionReport | None, checkpoint: Path | None = None
+) -> list[str]:
+    """What users should know before they wait: what is resumed and expanded, nothing to collapse, missing packages."""
+    found = [] if checkpoint is None else [f"going on from {shortest(checkpoint)}"]
+    found += [] if expansion is None else remarks_on(expansion)
     found += [] if form_of(model) == "train" else ["no block of this model collapses, so both its forms are the same"]
     if config["export"]["formats"] is None:
         left_out = FORMATS.keys() - set(installed_formats())
@@ -110,7 +120,10 @@ def conclude(config: Config, data: ImageData, trainer: pl.Trainer, folder: Path,
         VerificationError: The forms differ on test images; nothing is exported.
     """
     best, val_accuracy = best_checkpoint(trainer)
-    train_form = model_from_checkpoint(best)
+    train_form = model_from_checkpoint(best).float()  # runtimes want float32, also of what was trained in float64
+    if config["reestimate_bn"]:
+        with clock("re-estimate BatchNorm"):
+            reestimate(train_form, data.augmented_images(), config["reestimate_bn"])
     images = data.test_images(VERIFIED_IMAGES)
     with clock("collapse and verify"):
         plain = contracted(train_form)
@@ -127,7 +140,7 @@ def conclude(config: Config, data: ImageData, trainer: pl.Trainer, folder: Path,
         "images": data.splits.sizes(),
         "seed": config["seed"],
         "epochs": trainer.current_epoch,
-        "checkpoint": {"file": f"checkpoints/{best.name}", "val_accuracy": val_accuracy},
+        "checkpoint": {"file": f"{FOLDER}/{best.name}", "val_accuracy": val_accuracy},
         "seconds": clock.seconds,
         "versions": versions(),
     }
@@ -147,9 +160,9 @@ def best_checkpoint(trainer: pl.Trainer) -> tuple[Path, float]:
         CheckpointError: There is none.
     """
     callback = trainer.checkpoint_callback
-    if not isinstance(callback, ModelCheckpoint) or callback.best_model_score is None:
+    if not isinstance(callback, RunCheckpoints) or callback.best is None:
         raise CheckpointError(
             "training ended without a validation, so there is no checkpoint to collapse and export; let it run for "
             "a whole epoch: take out the trainer.* arguments that end or skip one"
         )
-    return Path(callback.best_model_path), callback.best_model_score.item()
+    return callback.best, callback.best_score

@@ -18,7 +18,7 @@ class BranchShares(pl.Callback):
         """Fold the branches of the weights as they are now, and log their shares."""
         assert isinstance(pl_module, ClassificationTask)
         shares = shares_of(pl_module.model) if trainer.is_global_zero else {}
-        pl_module.log_dict(trainer.strategy.broadcast(shares), sync_dist=True)
+        pl_module.log_dict(trainer.strategy.broadcast(shares), sync_dist=True, logger=False)
 
 
 def shares_of(model: nn.Module) -> dict[str, float]:

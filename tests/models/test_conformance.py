@@ -8,7 +8,7 @@ from functools import cached_property
 import pytest
 import timm
 import torch
-from models.families import SMALLEST_OF_EACH
+from models.families import SLIM, SMALLEST_OF_EACH, WITHOUT_IDENTITY
 from support import calibrate
 from timm.data import resolve_model_data_config
 from timm.models import group_parameters
@@ -25,14 +25,8 @@ SMALLEST = ["rb_repvgg_cifar", "rb_repnext_cifar"]
 SIZE = (64, 96)
 SLOW = pytest.mark.slow
 # Half precision is slow on a CPU: of each family the members of up to 30 million parameters.
-HEAVY = (
-    "rb_repvgg_b1*",
-    "rb_repvgg_b2*",
-    "rb_repvgg_b3*",
-    "rb_repvgg_d2se",
-    "rb_repnext_u3_small",
-    "rb_repnext_u3_base",
-)
+_LARGE_REPVGG = ("rb_repvgg_b1*", "rb_repvgg_b2*", "rb_repvgg_b3*", "rb_repvgg_d2se")
+HEAVY = (*_LARGE_REPVGG, "rb_repnext_u3_small", "rb_repnext_u3_base")
 LIGHT = list_models("rb_*", exclude_filters=list(HEAVY))
 HEAVIEST = {"rb_repnext_u3_small", "rb_repnext_u3_base", "rb_repvgg_b3", "rb_repvgg_d2se"}
 
@@ -102,7 +96,8 @@ def light(request) -> tuple[nn.Module, Tensor]:
     """A model in float64 with the statistics of a trained one, and its images."""
     torch.manual_seed(0)
     images = torch.randn(32, 3, 32, 32, dtype=torch.float64)  # the rule compares maxima: on a few it fails by chance
-    return calibrate(create_model(request.param, num_classes=10).double(), images), images
+    model = create_model(request.param, num_classes=10, **SLIM.get(request.param, {}))
+    return calibrate(model.double(), images), images
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -233,6 +228,7 @@ def grid(model: nn.Module) -> tuple[int, ...]:
 def test_arguments_of_timms_contract_are_taken_and_noted(outline):
     pool, factor = richest_pooling(outline)
     arguments = {
+        **WITHOUT_IDENTITY.get(outline.model_name, {}),
         "num_classes": 7,
         "in_chans": 1,
         "global_pool": pool,
@@ -297,7 +293,7 @@ def test_dilation_takes_the_place_of_strides_beyond_the_output_stride(name, outp
 def test_the_smallest_of_each_family_keeps_every_promise_of_a_block(name):
     torch.manual_seed(0)
     images = torch.randn(17, 3, 48, 64, generator=torch.Generator().manual_seed(1))
-    check_block(create_model(name, num_classes=5), images, scope="model").raise_if_failed()
+    check_block(create_model(name, num_classes=5, **SLIM.get(name, {})), images, scope="model").raise_if_failed()
 
 
 @pytest.mark.parametrize("name", SMALLEST)

@@ -18,7 +18,10 @@ def test_zoo_is_in_timms_registry_under_its_prefix():
         "repnextm": "m1 m2 m3 m4 m5",
         "repvgg": "a0 a1 a2 b0 b1 b1g2 b1g4 b2 b2g2 b2g4 b3 b3g2 b3g4 cifar d2se",
         "repvit": "m0_9 m1_0 m1_1 m1_5 m2_3",
+        "resnet20": "cifar",
+        "resnet56": "cifar",
         "unireplknet": "a f n p",
+        "vgg16": "cifar",
     }
     names = [f"rb_{family}_{size}" for family, listed in sizes.items() for size in listed.split()]
     assert list_models() == timm.list_models("rb_*") == names

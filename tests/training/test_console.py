@@ -7,7 +7,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from repblocks.errors import DataError
-from repblocks.training.console import interruptible, quiet_lightning, readable_errors
+from repblocks.training.console import quiet_lightning, readable_errors, stoppable
 
 
 def test_an_error_of_ours_is_one_block_and_a_failing_exit_code(
@@ -66,20 +66,23 @@ def test_in_a_sweep_the_error_is_shown_and_goes_on_to_hydra(
 
 
 @pytest.mark.parametrize("written", ["checkpoint", "nothing"])
-def test_an_interrupt_says_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str], written: str) -> None:
-    best = tmp_path / "checkpoints" / "best.ckpt"
+@pytest.mark.parametrize(("code", "word"), [(130, "interrupted"), (143, "terminated")])
+def test_a_stopped_run_says_how_it_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], written: str, code: int, word: str
+) -> None:
+    last = tmp_path / "checkpoints" / "last.ckpt"
     if written == "checkpoint":
-        best.parent.mkdir()
-        best.touch()
-    with pytest.raises(SystemExit) as stopped, interruptible(tmp_path):
-        raise KeyboardInterrupt
-    assert stopped.value.code == 130
-    said = f"{best} is kept: python scripts/validate.py {best}" if written == "checkpoint" else "no checkpoint was"
-    assert f"interrupted; {said}" in capsys.readouterr().err
+        last.parent.mkdir()
+        last.touch()
+    with pytest.raises(SystemExit) as stopped, stoppable(tmp_path):
+        raise SystemExit(code)
+    assert stopped.value.code == code
+    resumed = f"go on with: python train.py resume=auto hydra.run.dir={tmp_path}"
+    assert f"{word}; {resumed if written == 'checkpoint' else 'no checkpoint was'}" in capsys.readouterr().err
 
 
 def test_other_exits_keep_their_code(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as stopped, interruptible(tmp_path):
+    with pytest.raises(SystemExit) as stopped, stoppable(tmp_path):
         raise SystemExit(3)
     assert stopped.value.code == 3
 

@@ -20,9 +20,9 @@ from repblocks.expansion.expanded import ExpandedConv
 from repblocks.expansion.recipe import recipe_of
 from repblocks.header import describe
 from repblocks.models.registry import create_model
+from repblocks.training.checkpoints.restore import model_from_checkpoint
 from repblocks.training.expansion import expanded, remarks_on
 from repblocks.training.pipeline import run
-from repblocks.training.restore import model_from_checkpoint
 from repblocks.verification import TOLERANCES, verify
 
 BRIEF = ("trainer=cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=3", "export.formats=[safetensors]")

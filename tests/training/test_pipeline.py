@@ -1,7 +1,6 @@
 import csv
 import importlib.util
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from repblocks.blocks.base import deployed, form_of
 from repblocks.checkpoint import load
 from repblocks.errors import CheckpointError, ConfigurationError, DataError, VerificationError
 from repblocks.models.registry import create_model
+from repblocks.training.checkpoints.restore import model_from_checkpoint
 from repblocks.training.pipeline import best_checkpoint, remarks, run
-from repblocks.training.restore import model_from_checkpoint
-from repblocks.training.task import ClassificationTask
 
 
 def test_a_run_leaves_checkpoints_metrics_summary_and_deploy_files(
@@ -28,9 +26,12 @@ def test_a_run_leaves_checkpoints_metrics_summary_and_deploy_files(
     assert files == {
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
+        "checkpoints/step-00000002.ckpt",
+        "checkpoints/step-00000002.ckpt.sha256",
         "deploy/deploy.json",
         "deploy/model.safetensors",
         "metrics.csv",
+        "run.yaml",
         "summary.json",
     }
     with (tmp_path / "metrics.csv").open() as file:
@@ -129,7 +130,7 @@ def test_a_run_that_ends_without_validation_says_why_nothing_is_exported() -> No
         ("seed=-1", r"seed=-1 needs to be"),
         ("seed=null", r"seed=None needs to be"),
         ("+data.foo=1", r"data=foo is unknown"),
-        ("label_smoothing=2", r"label_smoothing=2 needs to be"),
+        ("objective.label_smoothing=2", r"label_smoothing=2 needs to be"),
         ("trainer.max_epochs=null", r"trainer\.max_epochs=None needs to be"),
     ],
 )
@@ -143,29 +144,6 @@ def test_fewer_images_than_a_batch_stop_before_training(tiny: Any, tmp_path: Pat
     with pytest.raises(DataError, match=r"1257 training images .*lower it, or set data\.drop_last=false"):
         run(tiny("data.batch_size=2000"), tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_an_interrupted_fit_says_what_is_kept(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], epoch: int
-) -> None:
-    def interrupted(task: ClassificationTask, *batch: Any) -> torch.Tensor:
-        if task.current_epoch == epoch:
-            raise KeyboardInterrupt
-        return step(task, *batch)
-
-    handler, step = signal.getsignal(signal.SIGINT), ClassificationTask.training_step
-    monkeypatch.setattr(ClassificationTask, "training_step", interrupted)
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            run(tiny("trainer.max_epochs=2"), tmp_path)
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    assert stopped.value.code == 130
-    said = capsys.readouterr().err
-    best = tmp_path / "checkpoints" / "best.ckpt"
-    kept = f"{best} is kept: python scripts/validate.py {best}"
-    assert f"interrupted; {kept if epoch else 'no checkpoint was written yet'}" in said
 
 
 def test_an_unknown_export_format_stops_before_training(tiny: Any, tmp_path: Path) -> None:

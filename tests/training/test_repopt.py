@@ -14,12 +14,13 @@ from repblocks.checkpoint import load
 from repblocks.errors import ConfigurationError
 from repblocks.models.registry import create_model
 from repblocks.optim import RepOptimizer
-from repblocks.training.build import make_model, make_task, make_trainer
+from repblocks.training.build import make_model, make_task
+from repblocks.training.checkpoints.restore import model_from_checkpoint
 from repblocks.training.data import DataConfig, ImageData
 from repblocks.training.optimization import make_optimizer, trained_as
 from repblocks.training.pipeline import run
-from repblocks.training.restore import model_from_checkpoint
 from repblocks.training.task import ClassificationTask
+from repblocks.training.trainer import make_trainer
 from repblocks.verification import verify
 
 CSLA = ("+model.args.block=csla", "optimizer.weight_decay=0")  # timm's groups would not decay the identity's scale

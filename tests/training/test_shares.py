@@ -8,10 +8,10 @@ from torch import nn
 import repblocks as rb
 from repblocks.blocks.shares import branch_shares
 from repblocks.errors import ConfigurationError
-from repblocks.training.build import make_trainer
+from repblocks.training.checkpoints.restore import model_from_checkpoint
 from repblocks.training.pipeline import run
-from repblocks.training.restore import model_from_checkpoint
 from repblocks.training.shares import shares_of
+from repblocks.training.trainer import make_trainer
 
 
 def logged(folder: Path) -> list[dict[str, float]]:

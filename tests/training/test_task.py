@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -5,13 +6,15 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import LambdaCallback
 from torch import nn
 
 from repblocks.errors import NonFiniteError
-from repblocks.training.build import make_model, make_task, make_trainer
+from repblocks.training.build import make_model, make_task
+from repblocks.training.checkpoints.restore import model_from_checkpoint
 from repblocks.training.data import DataConfig, ImageData
-from repblocks.training.restore import model_from_checkpoint
 from repblocks.training.task import ClassificationTask
+from repblocks.training.trainer import make_trainer
 
 
 class Parts:
@@ -45,10 +48,15 @@ class NotANumber(nn.Module):
         super().__init__()
         self.left = calls
 
-    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor, *images: torch.Tensor) -> torch.Tensor:
         self.left -= 1
-        loss = nn.functional.cross_entropy(logits, labels)
+        loss = nn.functional.cross_entropy(logits, labels, reduction="mean" if images else "none")
         return loss if self.left > 0 else loss * math.nan
+
+
+def fail(task: ClassificationTask, loss: str, calls: int) -> None:
+    holder = task.objective if loss == "objective.loss" else task
+    setattr(holder, loss.rpartition(".")[2], NotANumber(calls))
 
 
 def rates_of_a_run(config: dict[str, Any], folder: Path) -> list[float]:
@@ -79,15 +87,16 @@ def test_the_rate_stays_without_a_schedule(tiny: Any, tmp_path: Path) -> None:
     assert rates_of_a_run(tiny("scheduler=none", "optimizer.lr=0.25"), tmp_path) == [0.25, 0.25]
 
 
-@pytest.mark.parametrize(("stage", "loss", "calls"), [("training", "train_loss", 4), ("validation", "val_loss", 6)])
+@pytest.mark.parametrize(("stage", "loss", "calls"), [("training", "objective.loss", 4), ("validation", "val_loss", 6)])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoints(
     tiny: Any, tmp_path: Path, stage: str, loss: str, calls: int
 ) -> None:
     # One validation batch before training and three per epoch: both fail in the second batch of the second epoch.
     parts = Parts(tiny("trainer.max_epochs=3"), tmp_path)
-    setattr(parts.task, loss, NotANumber(calls))
+    fail(parts.task, loss, calls)
     with pytest.raises(
-        NonFiniteError, match=rf"the {stage} loss is nan at epoch 2, batch 2 .*last\.ckpt.*lower optimizer\.lr"
+        NonFiniteError,
+        match=rf"the {stage} loss is nan at epoch 2, batch 2 .*nonfinite-0\.json.*last\.ckpt.*lower optimizer\.lr",
     ):
         parts.fit()
     assert (tmp_path / "metrics.csv").read_text().count("\n") > 1
@@ -99,14 +108,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoints(
 
 def test_a_loss_that_is_not_finite_at_once_says_that_there_is_no_checkpoint(tiny: Any, tmp_path: Path) -> None:
     parts = Parts(tiny(), tmp_path)
-    parts.task.train_loss = NotANumber(1)
+    fail(parts.task, "objective.loss", 1)
     with pytest.raises(NonFiniteError, match="none was written yet"):
         parts.fit()
 
 
 def test_a_step_on_bad_batches_leaves_the_weights_alone(tiny: Any, tmp_path: Path) -> None:
     parts = Parts(tiny(), tmp_path)
-    parts.task.train_loss = NotANumber(1)
+    fail(parts.task, "objective.loss", 1)
     before = {name: value.clone() for name, value in parts.model.named_parameters()}
     with pytest.raises(NonFiniteError):
         parts.fit()
@@ -123,8 +132,21 @@ def test_of_equally_good_epochs_the_last_is_kept(tiny: Any, tmp_path: Path) -> N
 
 
 def test_label_smoothing_is_for_training_only(tiny: Any, tmp_path: Path) -> None:
-    task: ClassificationTask = Parts(tiny("label_smoothing=0.1"), tmp_path).task
-    assert (task.train_loss.label_smoothing, task.val_loss.label_smoothing) == (0.1, 0.0)
+    task: ClassificationTask = Parts(tiny("objective.label_smoothing=0.1"), tmp_path).task
+    assert (task.objective.config.label_smoothing, task.val_loss.label_smoothing) == (0.1, 0.0)
+
+
+def test_the_images_of_a_bad_batch_are_saved(tiny: Any, tmp_path: Path) -> None:
+    parts, seen = Parts(tiny(), tmp_path), []
+    fail(parts.task, "objective.loss", 2)
+    parts.trainer.callbacks.append(
+        LambdaCallback(on_train_batch_start=lambda trainer, task, batch, _: seen.append(batch[2].tolist()))
+    )
+    with pytest.raises(NonFiniteError):
+        parts.fit()
+    saved = json.loads((tmp_path / "nonfinite-0.json").read_text())
+    assert saved["indices"] == seen[1]
+    assert (saved["stage"], saved["epoch"], saved["batch"], saved["loss"]) == ("training", 1, 2, "nan")
 
 
 def test_the_same_seed_gives_the_same_weights(tiny: Any, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from repblocks.errors import ConfigurationError
-from repblocks.training.transforms import INTERPOLATIONS, Preprocessing
+from repblocks.training.data.transforms import INTERPOLATIONS, Preprocessing
 
 GRAY = Preprocessing(input_size=(1, 24, 32), mean=(0.25,), std=(0.5,))
 COLOUR = Preprocessing(input_size=(3, 32, 32), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
@@ -59,3 +59,14 @@ def test_every_interpolation_works_with_and_without_moves(interpolation: str) ->
 def test_mean_and_std_need_a_value_per_channel() -> None:
     with pytest.raises(ConfigurationError, match=r"1 and 3 values, data\.in_chans=3 needs 3"):
         Preprocessing(input_size=(3, 8, 8), mean=(0.5,), std=(1.0, 1.0, 1.0))
+
+
+def test_cutout_makes_a_square_zero_that_may_be_cut_off_at_the_border() -> None:
+    still = {"hflip": 0.0, "color_jitter": None, "scale": [1.0, 1.0], "ratio": [1.0, 1.0]}
+    cut = COLOUR.train_transform({**still, "cutout": 8})
+    white = Image.new("RGB", (32, 32), (255, 255, 255))
+    torch.manual_seed(0)
+    holes = [(cut(white) == 0).all(0) for _ in range(50)]
+    assert {int(hole.sum()) for hole in holes} >= {64}
+    assert all(hole.sum() == hole.any(0).sum() * hole.any(1).sum() for hole in holes)
+    assert len({int(hole.flatten().float().argmax()) for hole in holes}) > 30

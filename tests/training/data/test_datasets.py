@@ -12,7 +12,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from repblocks.errors import ConfigurationError, DataError
 from repblocks.training.data import DataConfig, ImageData
-from repblocks.training.datasets import Splits, load_splits
+from repblocks.training.data.datasets import Splits, load_splits
 
 
 def load(name: str, root: Path | str | None = None, in_chans: int = 3) -> Splits:
@@ -95,7 +95,7 @@ class TestCifar:
         config = configure("data=cifar10", f"data.root={tmp_path}", "data.batch_size=7", "data.workers=0")["data"]
         data = ImageData(DataConfig(**config))
         for loader in (data.train_dataloader(), data.val_dataloader()):
-            images, labels = next(iter(loader))
+            images, labels, _ = next(iter(loader))
             assert images.shape == (len(labels), 3, 32, 32) == (7, 3, 32, 32)
 
     def test_a_relative_root_starts_where_the_user_is(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from repblocks.errors import CheckpointError
-from repblocks.training.restore import model_from_checkpoint
+from repblocks.training.checkpoints.restore import model_from_checkpoint
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ def folder_config(configure: Any, image_folder: Path) -> DataConfig:
 
 
 def test_batches_are_images_and_labels(folder_config: DataConfig) -> None:
-    images, labels = next(iter(ImageData(folder_config).train_dataloader()))
+    images, labels, _ = next(iter(ImageData(folder_config).train_dataloader()))
     assert images.shape == (3, 3, 16, 24)
     assert images.dtype == torch.float32
     assert set(labels.tolist()) <= {0, 1}
@@ -29,19 +29,19 @@ def test_training_drops_an_incomplete_batch_if_told_to(
     sizes: list[int],
 ) -> None:
     data = ImageData(replace(folder_config, drop_last=drop_last))
-    assert [len(labels) for _, labels in data.train_dataloader()] == sizes
+    assert [len(labels) for _, labels, _ in data.train_dataloader()] == sizes
     assert data.training_batches() == len(sizes)
 
 
 def test_evaluation_sees_every_image_once_in_order(folder_config: DataConfig) -> None:
     data = ImageData(folder_config)
-    assert torch.cat([labels for _, labels in data.test_dataloader()]).tolist() == [0, 0, 0, 1, 1, 1]
-    assert torch.cat([labels for _, labels in data.val_dataloader()]).tolist() == [0, 0, 1, 1]
+    assert torch.cat([labels for _, labels, _ in data.test_dataloader()]).tolist() == [0, 0, 0, 1, 1, 1]
+    assert torch.cat([labels for _, labels, _ in data.val_dataloader()]).tolist() == [0, 0, 1, 1]
 
 
 def test_test_images_are_spread_over_the_classes(folder_config: DataConfig) -> None:
     data = ImageData(folder_config)
-    everything = torch.cat([images for images, _ in data.test_dataloader()])
+    everything = torch.cat([images for images, _, _ in data.test_dataloader()])
     torch.testing.assert_close(data.test_images(3), everything[::2])
     torch.testing.assert_close(data.test_images(100), everything)
 
@@ -77,11 +77,21 @@ def test_fewer_images_than_a_batch_can_be_tested_but_not_trained_on(folder_confi
         "crop_pct=2",
         "drop_last=3",
         "augment=null",
+        "eval_size=0",
+        "eval_size=[8]",
+        "in_memory=2",
+        "bad_images=ignore",
+        "progressive=3",
+        "+train_split=7",
+        "+val_split=''",
+        "+test_split=7",
+        "+classes=0",
     ],
 )
 def test_a_wrong_value_is_named_with_what_it_needs_to_be(configure: Any, wrong: str) -> None:
-    with pytest.raises(ConfigurationError, match=rf"data\.{wrong.partition('=')[0]}=.* needs to be .*configs/data/"):
-        DataConfig.of(configure(f"data.{wrong}")["data"])
+    name = wrong.removeprefix("+").partition("=")[0]
+    with pytest.raises(ConfigurationError, match=rf"data\.{name}=.* needs to be .*configs/data/"):
+        DataConfig.of(configure(f"{'+' * wrong.startswith('+')}data.{wrong.removeprefix('+')}")["data"])
 
 
 def test_a_key_that_does_not_exist_or_is_missing_is_named(configure: Any) -> None:
@@ -106,4 +116,4 @@ def test_one_value_serves_three_channels(configure: Any) -> None:
 
 def test_worker_processes_load_the_same_images(folder_config: DataConfig) -> None:
     data = ImageData(replace(folder_config, workers=1))
-    torch.testing.assert_close(torch.cat([images for images, _ in data.test_dataloader()]), data.test_images(100))
+    torch.testing.assert_close(torch.cat([images for images, _, _ in data.test_dataloader()]), data.test_images(100))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from PIL.Image import Image
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torchvision.transforms.functional import InterpolationMode
 
 from repblocks.errors import ConfigurationError
 from repblocks.names import known_name
+from repblocks.training.data.batches import Size
 
 Transform = Callable[[Image], Tensor]
 
@@ -57,12 +59,14 @@ class Preprocessing:
             crop_pct=self.crop_pct,
         )
 
-    def train_transform(self, augment: Mapping[str, Any]) -> Transform:
-        """Shift, rotate and zoom (ours), then timm's augmentation, then normalise.
+    def train_transform(self, augment: Mapping[str, Any], size: Size | None = None) -> Transform:
+        """Shift, rotate and zoom (ours), then timm's augmentation, then normalise, then cut out (ours).
 
         Args:
-            augment: ``degrees``, ``translate``, ``zoom`` (fractions) and ``padding`` (pixels of a padded random
-                crop) are ours; every other key is an argument of timm's ``create_transform``.
+            augment: ``degrees``, ``translate``, ``zoom`` (fractions), ``padding`` (pixels of a padded random
+                crop) and ``cutout`` (pixels of a square's side) are ours; every other key is an argument of timm's
+                ``create_transform``.
+            size: Height and width of training images, where they are not those of the evaluation.
 
         Raises:
             ConfigurationError: A key that neither knows.
@@ -72,10 +76,15 @@ class Preprocessing:
         for key in timms:
             known_name("data.augment", key, [*_STILL, *inspect.signature(create_transform).parameters])
         settings: dict[str, Any] = {"interpolation": self.interpolation, "mean": self.mean, "std": self.std, **timms}
-        return Compose([*self._moves(**ours), _timm_transform(self.input_size, is_training=True, **settings)])
+        channels, *own_size = self.input_size
+        height, width = own_size if size is None else size
+        holes = [Cutout(ours.pop("cutout"))]
+        moves = self._moves(height_width=[height, width], **ours)
+        return Compose([*moves, _timm_transform((channels, height, width), is_training=True, **settings), *holes])
 
-    def _moves(self, degrees: float, translate: float, zoom: float, padding: int) -> list[nn.Module]:
-        height_width = list(self.input_size[1:])
+    def _moves(
+        self, *, height_width: list[int], degrees: float, translate: float, zoom: float, padding: int
+    ) -> list[nn.Module]:
         moves: list[nn.Module] = []
         if degrees or translate or zoom:
             shift, scale = (translate, translate), (1 - zoom, 1 + zoom)
@@ -86,8 +95,34 @@ class Preprocessing:
         return [Resize(height_width, InterpolationMode(self.interpolation)), *moves] if moves else []
 
 
+class Cutout(nn.Module):
+    """Set a square to zero, the mean colour of normalised images; its centre is anywhere, so it may be cut off.
+
+    Args:
+        side: Of the square, in pixels; 0 leaves images as they are.
+
+    Source: DeVries and Taylor 2017, "Cutout", https://arxiv.org/abs/1708.04552, section 3.2.
+    """
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The image ``[C, H, W]`` with a hole."""
+        if not self.side:
+            return image
+        rows, columns = (self._outside(length) for length in image.shape[1:])
+        return image * (rows[:, None] | columns)
+
+    def _outside(self, length: int) -> Tensor:
+        first = int(torch.randint(length, ())) - self.side // 2
+        places = torch.arange(length)
+        return (places < first) | (places >= first + self.side)
+
+
 def _timm_transform(input_size: tuple[int, int, int], **settings: Any) -> Transform:
     return cast("Transform", create_transform(input_size, **settings))
 
 
-_STILL: Mapping[str, Any] = {"degrees": 0.0, "translate": 0.0, "zoom": 0.0, "padding": 0}
+_STILL: Mapping[str, Any] = {"degrees": 0.0, "translate": 0.0, "zoom": 0.0, "padding": 0, "cutout": 0}

@@ -1,0 +1,97 @@
+"""From a file to an image, and what happens to a file that is none."""
+
+import sys
+from pathlib import Path
+from typing import IO, Any, Literal
+from zlib import crc32
+
+import numpy as np
+import torch
+from PIL import Image
+
+from repblocks.errors import DataError
+
+Mode = Literal["L", "RGB"]
+BadImages = Literal["error", "skip"]
+
+_FLAGS = 2**20
+
+
+def mode_for(in_chans: int) -> Mode:
+    """Gray or colour.
+
+    Raises:
+        DataError: Another number of channels than 1 or 3.
+    """
+    if in_chans not in (1, 3):
+        raise DataError(f"data.in_chans={in_chans}, images are read in 1 (grayscale) or 3 channels; choose one of them")
+    return "L" if in_chans == 1 else "RGB"
+
+
+def read_image(source: str | Path | IO[bytes], mode: Mode, name: str | None = None) -> Image.Image:
+    """Decode an image of any format that Pillow knows.
+
+    Args:
+        source: A path, or an open file.
+        mode: Gray or colour.
+        name: What errors call it; needed for an open file.
+
+    Raises:
+        DataError: It is damaged, or its pixels have no fixed range.
+    """
+    name = str(source) if name is None else name
+    try:
+        with Image.open(source) as image:
+            return _in_eight_bits(name, image).convert(mode)
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+        raise DataError(f"{name} cannot be read as an image ({error}); repair or remove it") from error
+
+
+def _in_eight_bits(name: str, image: Image.Image) -> Image.Image:
+    """The same picture in a mode that Pillow converts without clipping values and without a warning."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"{name} has pixels of mode {image.mode!r}, whose range is not fixed; needed are 8 or 16 bits per value: "
+            "scale it and save it as an 8-bit PNG"
+        )
+    return image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
+
+
+class LoadingError(DataError):
+    """An error of a dataset that reads the same whether a worker process met it or this one.
+
+    A loader raises a worker's errors again with the worker's traceback for a message; the message proper ends it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+class Reporter:
+    """What to do about bad images: stop, or leave them out and say so once, in this process or a worker of it.
+
+    Args:
+        policy: ``error`` or ``skip``, the value of ``data.bad_images``.
+    """
+
+    def __init__(self, policy: BadImages) -> None:
+        self.policy = policy
+        # Which messages were shown, by hash and not by content, so that processes can share it without a lock.
+        self._shown: Any = torch.zeros(_FLAGS, dtype=torch.uint8).share_memory_() if policy == "skip" else None
+
+    def __call__(self, error: DataError) -> None:
+        """Report an image that is left out.
+
+        Raises:
+            DataError: Bad images are fatal: the same error, with the way out.
+        """
+        if self.policy == "error":
+            raise LoadingError(f"{error}, or leave out what cannot be read with data.bad_images=skip") from error
+        flag = crc32(str(error).encode()) % _FLAGS
+        if not self._shown[flag]:
+            self._shown[flag] = 1
+            print(f"left out: {error}", file=sys.stderr, flush=True)
