@@ -1,6 +1,5 @@
 import random
 from dataclasses import replace
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,17 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
+from training.data.interrupted import (
+    Always,
+    KillAfter,
+    Killed,
+    Recorder,
+    assert_same,
+    end_workers,
+    through_a_file,
+    trainer,
+)
 
 from repblocks.errors import ConfigurationError, DataError
 from repblocks.training.data import IGNORED, DataConfig, ImageData
@@ -26,12 +35,6 @@ def config(configure: Any, image_folder: Path) -> DataConfig:
 def images_of(batches: Any) -> dict[int, Tensor]:
     """Each image by its position."""
     return {int(index): image for images, _, indices in batches for image, index in zip(images, indices, strict=True)}
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 class TestBatches:
@@ -69,17 +72,6 @@ class Alone(ImageData):
         super().__init__(config)
         self.trainer: Any = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
         self.trainer.strategy.global_rank, self.trainer.strategy.world_size = rank, processes
-
-
-class Always(nn.Module):
-    """Answers the same class for every image."""
-
-    def __init__(self, answer: int, classes: int = 2) -> None:
-        super().__init__()
-        self.logits = nn.Parameter(torch.eye(classes)[answer])
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.logits.expand(len(images), -1)
 
 
 class TestRandomness:
@@ -192,68 +184,6 @@ class TestResume:
         resumed = trainer(max_epochs=3)
         resumed.fit(after, datamodule=ImageData(replace(config, workers=workers)), ckpt_path=tmp_path / "state.ckpt")
         assert_same(before.batches + after.batches, whole.batches)
-
-
-def through_a_file(state: Any) -> Any:
-    """A state as a checkpoint gives it back, which unpickles no code."""
-    file = BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def end_workers(loader: Any) -> None:
-    """After an error they are garbage in a cycle, and the collector waits five seconds for each."""
-    getattr(loader._iterator, "_shutdown_workers", lambda: None)()
-
-
-def trainer(**options: Any) -> pl.Trainer:
-    return pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        **options,
-    )
-
-
-class Recorder(pl.LightningModule):
-    """Keeps the batches that it is trained on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-        self.batches: list[Any] = []
-
-    def training_step(self, batch: Any, batch_index: int) -> Tensor:
-        self.batches.append(batch)
-        return self.weight * batch[0].mean()
-
-    def validation_step(self, batch: Any, batch_index: int) -> None:
-        assert len(batch) == 3
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class Killed(Exception):
-    """The end of a run that is not asked to end."""
-
-
-class KillAfter(pl.Callback):
-    """Writes the state at a moment after a number of steps and kills the run."""
-
-    def __init__(self, moment: str, steps: int, path: Path) -> None:
-        self.steps, self.path = steps, path
-        setattr(self, moment, self.kill)
-
-    def kill(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.steps:
-            trainer.save_checkpoint(self.path)
-            end_workers(trainer.train_dataloader)
-            raise Killed
 
 
 class TestBadImages:

@@ -12,14 +12,22 @@ import pytorch_lightning as pl
 import torch
 import webdataset
 from PIL import Image
+from training.data.interrupted import (
+    Always,
+    KillAfter,
+    Killed,
+    Recorder,
+    assert_same,
+    end_workers,
+    through_a_file,
+    trainer,
+)
 
 from repblocks.errors import DataError
 from repblocks.training.data import IGNORED, DataConfig, ImageData
 from repblocks.training.data.batches import Share
 from repblocks.training.data.streams import Reach
 from repblocks.training.evaluation import accuracy
-
-from .test_data_loading import Always, KillAfter, Killed, Recorder, assert_same, end_workers, through_a_file, trainer
 
 
 def jpeg(seed: int) -> bytes:
