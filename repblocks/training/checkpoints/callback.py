@@ -1,6 +1,5 @@
 """When a run writes checkpoints, what stands in them beside Lightning's own, and which of them stay."""
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 
 from repblocks.files import replacing
-from repblocks.training.averaging import Averaging
 from repblocks.training.checkpoints.files import CheckpointFiles, steps_written
 from repblocks.training.checkpoints.geometry import Geometry, geometry_of, on_other_processes
 from repblocks.training.checkpoints.rank_state import (
@@ -79,15 +77,8 @@ class RunCheckpoints(Checkpoint):
         self.stop.listen()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen for signals, where there was no sanity check; continue random numbers, where no batch is left."""
+        """Listen for signals, where there was no sanity check; continue the random numbers of a resumed run."""
         self.stop.listen()
-        if self._random is not None:
-            set_random_state(self._random)
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Before the first batch of a resumed run: continue the random number generators."""
         if self._random is not None:
             set_random_state(self._random)
             self._random = None
@@ -109,8 +100,7 @@ class RunCheckpoints(Checkpoint):
     ) -> None:
         """Stop within a validation if asked to; the resumed run begins with that validation."""
         if not trainer.sanity_checking and self.stop.came(trainer):
-            with _trained_weights(trainer, pl_module):
-                self._write(trainer, f"step-{trainer.global_step:08d}-unvalidated.ckpt")
+            self._write(trainer, f"step-{trainer.global_step:08d}-unvalidated.ckpt")
             self.stop.leave()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -196,12 +186,6 @@ def log_epoch(trainer: pl.Trainer) -> None:
 
 def _tables(trainer: pl.Trainer) -> list[MetricsFile]:
     return [logger for logger in trainer.loggers if isinstance(logger, MetricsFile)]
-
-
-def _trained_weights(trainer: pl.Trainer, module: pl.LightningModule) -> AbstractContextManager[None]:
-    """With the weights that are trained in the module, where a validation has put their average into it."""
-    averaging = next((each for each in vars(trainer)["callbacks"] if isinstance(each, Averaging)), None)
-    return nullcontext() if averaging is None else averaging.training_weights(module)
 
 
 def _before_validation(loops: dict[str, Any]) -> None:
