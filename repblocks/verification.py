@@ -109,7 +109,7 @@ def verify(
     _refuse_batch_statistics(reference=reference, candidate=candidate)
     args = inputs if isinstance(inputs, tuple) else (inputs,)
     samples = _count_samples(args)
-    with _evaluating(reference, candidate), torch.no_grad():
+    with evaluating(reference, candidate), torch.no_grad():
         expected, got = reference(*_cloned(args)), candidate(*_cloned(args))
     dtype = _coarsest_dtype(reference, args)
     if dtype in HALF_PRECISION and tolerance is None:
@@ -164,7 +164,7 @@ def block_errors(reference: nn.Module, candidate: nn.Module, inputs: Tensor) -> 
     _refuse_batch_statistics(reference=reference, candidate=candidate)
     namesakes = dict(candidate.named_modules())
     errors: dict[str, float] = {}
-    with _evaluating(reference, candidate), torch.no_grad(), ExitStack() as hooks:
+    with evaluating(reference, candidate), torch.no_grad(), ExitStack() as hooks:
         for name, module in reference.named_modules():
             if name in namesakes:
                 _record_error(module, namesakes[name], name, errors, hooks)
@@ -205,7 +205,8 @@ def _refuse_batch_statistics(**models: object) -> None:
 
 
 @contextmanager
-def _evaluating(*models: object) -> Generator[None]:
+def evaluating(*models: object) -> Generator[None]:
+    """Eval mode for a moment, without calling ``train()`` or ``eval()``, which modules may override."""
     modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
     modes = [module.training for module in modules]
     try:

@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="of the configuration, as for train.py")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    config, rng = composed(options.overrides), random.Random(options.seed)
+    config, rng = composed([*RUN, *options.overrides]), random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         undisturbed = Path(folder) / "undisturbed"
         in_child(lambda: trained(config, undisturbed))
@@ -74,7 +74,7 @@ def said(differences: list[str]) -> str:
 
 def composed(overrides: list[str]) -> dict[str, Any]:
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        values = OmegaConf.to_container(compose("train", [*RUN, *overrides]), resolve=True)
+        values = OmegaConf.to_container(compose("train", overrides), resolve=True)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 

@@ -1,7 +1,6 @@
 """Averages of the weights: Lightning's callback, on the model alone and with all that a resumed run needs."""
 
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -75,21 +74,6 @@ class Averaging(EMAWeightAveraging):
         self._update = _ema(decay)
         self._is_swapped = False
         self._restored: dict[str, Any] | None = None
-
-    @property
-    def holds_average(self) -> bool:
-        """Whether the task's model has the averages now, and the weights in training are put aside."""
-        return self._is_swapped
-
-    @contextmanager
-    def training_weights(self, pl_module: pl.LightningModule) -> Generator[None]:
-        """The weights in training are in the model within this, whenever it is entered."""
-        swapped = self._is_swapped
-        self._hold(pl_module, average=False)
-        try:
-            yield
-        finally:
-            self._hold(pl_module, average=swapped)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget the last run; the copy follows when the model has its device and precision."""

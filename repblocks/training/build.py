@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from repblocks.errors import ConfigurationError, DataError
 from repblocks.models.registry import carry, create_model
+from repblocks.training.checkpoints.geometry import geometry_of
 from repblocks.training.data import ImageData
 from repblocks.training.decay import decay_rate, require_folding
 from repblocks.training.objective import Objective, make_teacher
@@ -93,7 +94,7 @@ def make_task(config: Config, model: nn.Module, data: ImageData, trainer: pl.Tra
         epochs=trainer.max_epochs,
         batches_per_epoch=batches_per_epoch(data, trainer),
         accumulate=trainer.accumulate_grad_batches,
-        images_per_step=data.config.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
+        images_per_step=geometry_of(trainer, data).images_per_step,
         validate_deployed=flag(config, "validate_deployed"),
     )
 

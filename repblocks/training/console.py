@@ -43,8 +43,6 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", r"The '\w+_dataloader' does not have many workers")
     # Lightning 2.6 asks torch 2.11 and newer about pytrees in a way that those announce to change.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    # The run folder already holds Hydra's record of the configuration when metrics.csv is put there.
-    warnings.filterwarnings("ignore", r"Experiment logs directory .* exists and is not empty")
 
 
 def _is_not_chatter(record: logging.LogRecord) -> bool:

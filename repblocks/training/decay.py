@@ -1,7 +1,6 @@
 """Weight decay on the kernels that blocks fold to, in place of decay on their branches."""
 
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from repblocks.blocks.base import RepConv
 from repblocks.errors import ConfigurationError, FoldError
 from repblocks.fusion import AffineConv, fold
+from repblocks.verification import evaluating
 
 
 def folded_decay(model: nn.Module) -> Tensor:
@@ -122,18 +122,5 @@ def _outermost(module: nn.Module) -> Iterator[RepConv]:
 
 def _kernel_of(block: RepConv) -> AffineConv:
     inside = block.branches if block.form == "train" else block.conv
-    with _by_running_statistics(block):
+    with evaluating(block):  # by the running statistics
         return fold(inside, block.in_channels)
-
-
-@contextmanager
-def _by_running_statistics(block: nn.Module) -> Generator[None]:
-    """Eval mode for a moment, without calling ``train()`` or ``eval()``, which modules may override."""
-    training = [module for module in block.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -99,8 +99,8 @@ class ClassificationTask(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Collapse a copy of the weights as they are validated: the live model is never touched."""
-        copies = [deployed(self.model)] if self.validate_deployed else []
-        self._copies = tuple(copies)  # in a tuple it is no part of this module, nor of its checkpoints
+        # In a tuple it is no part of this module, nor of its checkpoints.
+        self._copies = (deployed(self.model),) if self.validate_deployed else ()
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Loss and accuracy of one batch."""

@@ -204,8 +204,8 @@ def test_a_resumed_run_ends_bit_identically(tmp_path: Path, stop: int) -> None:
         assert_equal(found, expected)
     assert_equal(resumed.validated[-1], whole.validated[-1])
     assert_equal(state(resumed), state(whole))
-    with averaging.training_weights(resumed):
-        assert_equal(state(resumed), whole.history[-1])
+    averaging._hold(resumed, average=False)
+    assert_equal(state(resumed), whole.history[-1])
     assert float(resumed.seen) == float(whole.seen)
 
 
@@ -246,17 +246,18 @@ def test_a_checkpoint_of_any_moment_holds_the_average_and_the_weights(tmp_path: 
     assert saved["state_dict"].keys() == task.state_dict().keys()
 
 
-def test_during_validation_the_weights_in_training_are_at_hand() -> None:
+def test_during_validation_the_weights_in_training_are_put_aside() -> None:
     task, averaging = seeded(), Averaging(DECAY)
     seen: list[tuple[bool, bool, bool, State]] = []
 
     def look(trainer: pl.Trainer, task: Any) -> None:
-        held = averaging.holds_average
-        with averaging.training_weights(task):
-            within = averaging.holds_average
-            with averaging.training_weights(task):
-                seen.append((held, within, averaging.holds_average, state(task)))
-        assert averaging.holds_average == held
+        held = averaging._is_swapped
+        averaging._hold(task, average=False)
+        within = averaging._is_swapped
+        averaging._hold(task, average=False)
+        seen.append((held, within, averaging._is_swapped, state(task)))
+        averaging._hold(task, average=held)
+        assert averaging._is_swapped == held
 
     fit(task, averaging, Saver(on_validation_batch_end=look, on_train_batch_end=look), epochs=1, num_sanity_val_steps=0)
     assert [flags for *flags, _ in seen] == [[False] * 3] * STEPS + [[True, False, False]] * STEPS
@@ -272,7 +273,7 @@ def test_a_validation_that_fails_leaves_the_weights_in_training() -> None:
 
     with pytest.raises(OSError, match="the disk is gone"):
         fit(task, averaging, Saver(on_validation_batch_end=fail), num_sanity_val_steps=0)
-    assert not averaging.holds_average
+    assert not averaging._is_swapped
     assert_equal(state(task), task.history[-1])
 
 

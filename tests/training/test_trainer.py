@@ -14,6 +14,14 @@ from repblocks.training.trainer import make_loggers, make_trainer
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
+@pytest.fixture
+def sweeping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As inside a job of ``--multirun``."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        sweep = compose("train", ["hydra.mode=MULTIRUN"], return_hydra_config=True)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", sweep)
+
+
 class TestTrainer:
     def test_it_writes_checkpoints_as_configured(self, tiny: Any, tmp_path: Path) -> None:
         callback = make_trainer(tiny("checkpoint.keep=7", "checkpoint.every_steps=5"), tmp_path).checkpoint_callback
@@ -24,12 +32,10 @@ class TestTrainer:
         with pytest.raises(ConfigurationError, match=r"trainer\.val_check_interval=0\.5 .*leave it out"):
             make_trainer(tiny("+trainer.val_check_interval=0.5"), tmp_path)
 
+    @pytest.mark.usefixtures("sweeping")
     def test_processes_of_torchrun_may_sweep(
         self, configure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            sweep = compose("train", ["hydra.mode=MULTIRUN"], return_hydra_config=True)
-        monkeypatch.setattr(HydraConfig.instance(), "cfg", sweep)
         torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
         for key, value in {**torchrun, "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
             monkeypatch.setenv(key, value)
@@ -68,12 +74,8 @@ class TestTrainer:
     def test_those_ends_may_be_switched_off(self, tiny: Any, tmp_path: Path, off: str) -> None:
         assert make_trainer(tiny(f"+trainer.{off}"), tmp_path).max_epochs == 1
 
-    def test_a_sweep_does_not_start_processes_that_would_sweep_again(
-        self, configure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            sweep = compose("train", ["hydra.mode=MULTIRUN"], return_hydra_config=True)
-        monkeypatch.setattr(HydraConfig.instance(), "cfg", sweep)
+    @pytest.mark.usefixtures("sweeping")
+    def test_a_sweep_does_not_start_processes_that_would_sweep_again(self, configure: Any, tmp_path: Path) -> None:
         make_trainer(configure("trainer=cpu"), tmp_path)
         with pytest.raises(ConfigurationError, match="torchrun"):
             make_trainer(configure("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"), tmp_path)

@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 
 from repblocks.files import replacing
-from repblocks.training.checkpoints.files import CheckpointFiles, steps_written
+from repblocks.training.checkpoints.files import steps_written
 from repblocks.training.checkpoints.geometry import Geometry, geometry_of, on_other_processes
 from repblocks.training.checkpoints.rank_state import (
     from_all,
@@ -18,6 +18,7 @@ from repblocks.training.checkpoints.rank_state import (
     summed,
 )
 from repblocks.training.checkpoints.signals import StopRequest
+from repblocks.training.data import ImageData
 from repblocks.training.metrics_file import MetricsFile
 from repblocks.training.task import ClassificationTask
 
@@ -49,7 +50,7 @@ class RunCheckpoints(Checkpoint):
 
     def __init__(self, folder: Path, *, keep: int = 3, every_steps: int | None = None) -> None:
         self.folder, self.keep, self.every_steps = folder, keep, every_steps
-        self.stop, self.files = StopRequest(), CheckpointFiles()
+        self.stop = StopRequest()
         self.best: Path | None = None
         self.best_score = float("-inf")
         self.last: Path | None = None
@@ -69,8 +70,7 @@ class RunCheckpoints(Checkpoint):
         """Set the links of a resumed run right: it may have been killed after a checkpoint and before its links."""
         if trainer.ckpt_path is not None and Path(trainer.ckpt_path).parent == self.folder:
             self.last = Path(trainer.ckpt_path)
-            if trainer.is_global_zero:
-                self._tidy()
+            self._tidy(trainer)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen for signals: Lightning has just put its own handlers there."""
@@ -131,7 +131,7 @@ class RunCheckpoints(Checkpoint):
         assert isinstance(pl_module, ClassificationTask)
         state = {"random": random_state(), "metrics": metric_states(pl_module.train_metrics)}
         checkpoint[PROCESSES] = from_all(trainer, state)
-        checkpoint[GEOMETRY] = geometry_of(trainer, pl_module).to_dict()
+        checkpoint[GEOMETRY] = geometry_of(trainer, _data(trainer)).to_dict()
         checkpoint[ROWS] = [dict(row) for table in _tables(trainer) for row in table.rows]
         if trainer.validating:
             _before_validation(checkpoint["loops"]["fit_loop"])
@@ -147,9 +147,10 @@ class RunCheckpoints(Checkpoint):
         assert isinstance(pl_module, ClassificationTask)
         states, rank = checkpoint[PROCESSES], trainer.global_rank
         self._unvalidated = checkpoint["loops"]["fit_loop"][VALIDATION]["total"] == UNVALIDATED
-        was, now = Geometry(**checkpoint[GEOMETRY]), geometry_of(trainer, pl_module)
+        data = _data(trainer)
+        was, now = Geometry(**checkpoint[GEOMETRY]), geometry_of(trainer, data)
         if was != now:
-            on_other_processes(checkpoint, was, now, trainer, pl_module)
+            on_other_processes(checkpoint, was, now, data, pl_module)
         if was.processes == now.processes:
             set_metric_states(pl_module.train_metrics, states[rank]["metrics"])
         elif rank == 0:
@@ -163,17 +164,18 @@ class RunCheckpoints(Checkpoint):
         if path != self.last:
             trainer.save_checkpoint(path, weights_only=False)
         self.last = path
-        if trainer.is_global_zero:
-            self._tidy()
+        self._tidy(trainer)
 
-    def _tidy(self) -> None:
+    def _tidy(self, trainer: pl.Trainer) -> None:
         """Point the links at the newest and the best checkpoint, and remove those that are neither new nor best."""
+        if not trainer.is_global_zero:
+            return
         for name, path in (("last", self.last), ("best", self.best)):
             if path is not None:
                 _link(self.folder / f"{name}.ckpt", path)
         for path in steps_written(self.folder)[: -self.keep]:
             if path not in (self.best, self.last):
-                self.files.remove_checkpoint(path)
+                trainer.strategy.remove_checkpoint(path)
 
 
 def log_epoch(trainer: pl.Trainer) -> None:
@@ -182,6 +184,12 @@ def log_epoch(trainer: pl.Trainer) -> None:
     for logger in trainer.loggers:
         logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, trainer.global_step)
         logger.save()
+
+
+def _data(trainer: pl.Trainer) -> ImageData:
+    data = vars(trainer).get("datamodule")
+    assert isinstance(data, ImageData)
+    return data
 
 
 def _tables(trainer: pl.Trainer) -> list[MetricsFile]:

@@ -41,19 +41,18 @@ class Geometry:
         return asdict(self)
 
 
-def geometry_of(trainer: pl.Trainer, task: ClassificationTask) -> Geometry:
+def geometry_of(trainer: pl.Trainer, data: ImageData) -> Geometry:
     """The division of the job that runs."""
-    config = _data(trainer).config
     return Geometry(
         processes=trainer.world_size,
-        batch_size=config.batch_size,
+        batch_size=data.config.batch_size,
         accumulate=trainer.accumulate_grad_batches,
-        workers=config.workers,
+        workers=data.config.workers,
     )
 
 
 def on_other_processes(
-    checkpoint: dict[str, Any], was: Geometry, now: Geometry, trainer: pl.Trainer, task: ClassificationTask
+    checkpoint: dict[str, Any], was: Geometry, now: Geometry, data: ImageData, task: ClassificationTask
 ) -> None:
     """Change a checkpoint so that a job of another division goes on at the same image with the rate due there.
 
@@ -71,7 +70,7 @@ def on_other_processes(
             f"{now.images_per_step} ({now}); choose data.batch_size and trainer.accumulate_grad_batches so that their "
             "product with the number of processes stays, or leave both as they were"
         )
-    _move(checkpoint["loops"]["fit_loop"], was, now, _data(trainer), task.batches_per_epoch)
+    _move(checkpoint["loops"]["fit_loop"], was, now, data, task.batches_per_epoch)
     factor = task.peak_rate(now.images_per_step) / task.peak_rate(was.images_per_step)
     for optimizer in checkpoint["optimizer_states"]:
         for group in optimizer["param_groups"]:
@@ -95,9 +94,3 @@ def _move(loops: dict[str, Any], was: Geometry, now: Geometry, data: ImageData, 
 def _is_within_an_epoch(loops: dict[str, Any]) -> bool:
     epochs = loops["epoch_progress"]["current"]
     return epochs["processed"] < epochs["ready"]
-
-
-def _data(trainer: pl.Trainer) -> ImageData:
-    data = vars(trainer).get("datamodule")
-    assert isinstance(data, ImageData)
-    return data

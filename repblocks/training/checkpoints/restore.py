@@ -11,7 +11,7 @@ from repblocks.header import built, carry_description, checked
 from repblocks.training.checkpoints.files import read_checkpoint
 
 ENTRY = "repblocks"
-"""Key of a Lightning checkpoint under which ``repblocks.checkpoint.describe`` of its model stands."""
+"""Key of a Lightning checkpoint under which ``repblocks.header.describe`` of its model stands."""
 
 
 def model_from_checkpoint(path: Path) -> nn.Module:

@@ -36,6 +36,9 @@ FREE = (
 """What may differ when a run goes on: where and on what it runs, not what it computes. (The images per optimizer step
 have to stay where ``data.batch_size`` changes; that is checked when the number of processes is known.)"""
 
+_MISSING = object()
+"""What differs from every value."""
+
 Config = Mapping[str, Any]
 
 
@@ -63,10 +66,10 @@ def settled(config: Config, folder: Path) -> Config:
     run: dict[str, Any] = recorded["config"]
     asked = _changed_by(recorded["overrides"], _overrides()) if HydraConfig.initialized() else _differing(run, config)
     _require_no_conflict(run, asked, folder)
+    settings = OmegaConf.create(run)
     for key, value in asked.items():
-        OmegaConf.update(holder := OmegaConf.create(run), key, value)
-        run = cast("dict[str, Any]", OmegaConf.to_container(holder))
-    return {**run, "resume": config["resume"]}
+        OmegaConf.update(settings, key, value)
+    return {**cast("dict[str, Any]", OmegaConf.to_container(settings)), "resume": config["resume"]}
 
 
 @rank_zero_only
@@ -89,8 +92,8 @@ def _changed_by(first: Sequence[str], now: Sequence[str]) -> dict[str, Any]:
 
 
 def _differing(before: Config, after: Config) -> dict[str, Any]:
-    known, missing = dict(_leaves(before)), object()
-    return {key: value for key, value in _leaves(after) if known.get(key, missing) != value}
+    known = dict(_leaves(before))
+    return {key: value for key, value in _leaves(after) if known.get(key, _MISSING) != value}
 
 
 def _composed(overrides: Sequence[str]) -> Mapping[str, Any]:
@@ -112,7 +115,7 @@ def _require_no_conflict(run: Config, asked: Mapping[str, Any], folder: Path) ->
     conflicts = [
         f"{key}={value} (the run has {has.get(key, 'nothing there')})"
         for key, value in asked.items()
-        if has.get(key, not value) != value and not _is_free(key)
+        if has.get(key, _MISSING) != value and not _is_free(key)
     ]
     if conflicts:
         raise ConfigurationError(

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from repblocks.errors import ConfigurationError
 from repblocks.training.data.randomness import entropy
-from repblocks.training.data.transforms import Preprocessing
+from repblocks.training.data.transforms import Preprocessing, outside
 
 
 def normalised(images: Tensor, preprocessing: Preprocessing) -> Tensor:
@@ -94,9 +94,7 @@ class BatchAugmentation:
         return rows[:, None, :, None] | columns[:, None, None]
 
     def _outside(self, numbers: Tensor, length: int) -> Tensor:
-        first = whole_numbers(numbers, length)[:, None] - self.cutout // 2
-        places = torch.arange(length, device=numbers.device)
-        return (places < first) | (places >= first + self.cutout)
+        return outside(whole_numbers(numbers, length)[:, None], self.cutout, length)
 
 
 @lru_cache(maxsize=2)

@@ -18,8 +18,6 @@ from repblocks.training.data.reading import mode_for, read_image
 from repblocks.training.data.splits import Images, Splits, folder_of
 from repblocks.training.data.timm_datasets import SplitNames, is_of_timm, timm_splits
 
-__all__ = ["SPLIT_SEED", "Images", "Splits", "load_splits"]
-
 SPLIT_SEED = 0
 """Splits are part of a dataset's definition: they do not follow the run's seed."""
 

@@ -12,7 +12,6 @@ from repblocks.errors import ConfigurationError, DataError
 from repblocks.training.data.batch_augment import BatchAugmentation, normalised
 from repblocks.training.data.batches import (
     IGNORED,
-    Batch,
     Draw,
     EpochBatches,
     EvaluationBatches,
@@ -32,8 +31,6 @@ from repblocks.training.data.splits import Part, Splits, size_of
 from repblocks.training.data.streams import EvaluationLoader, EvaluationStream, TrainingLoader, TrainingStream
 from repblocks.training.data.timm_datasets import SplitNames
 from repblocks.training.data.transforms import Preprocessing, Transform
-
-__all__ = ["IGNORED", "Batch", "DataConfig", "ImageData", "Loader"]
 
 
 class ImageData(pl.LightningDataModule):

@@ -232,7 +232,7 @@ class EvaluationStream(IterableDataset[Sample]):
 class _Batches:
     """Batches of a stream, without its dataset, whose length Lightning would warn of: ours are exact."""
 
-    def __init__(self, stream: "TrainingStream | EvaluationStream", workers: int) -> None:
+    def __init__(self, stream: "TrainingStream | EvaluationStream", *, workers: int) -> None:
         self.loader = stateful_loader(stream, workers=workers, batch_size=stream.batch_size)
 
     @property
@@ -253,9 +253,6 @@ class EvaluationLoader(_Batches):
         workers: Processes that read.
     """
 
-    def __init__(self, stream: EvaluationStream, *, workers: int) -> None:
-        super().__init__(stream, workers)
-
     def __len__(self) -> int:
         return len(self.loader)
 
@@ -272,7 +269,7 @@ class TrainingLoader(_Batches):
     """
 
     def __init__(self, stream: TrainingStream, *, workers: int) -> None:
-        super().__init__(stream, workers)
+        super().__init__(stream, workers=workers)
         self.stream = stream
         self.batches = self._resumed = 0
 

@@ -112,13 +112,15 @@ class Cutout(nn.Module):
         """The image ``[C, H, W]`` with a hole."""
         if not self.side:
             return image
-        rows, columns = (self._outside(length) for length in image.shape[1:])
+        rows, columns = (outside(torch.randint(length, ()), self.side, length) for length in image.shape[1:])
         return image * (rows[:, None] | columns)
 
-    def _outside(self, length: int) -> Tensor:
-        first = int(torch.randint(length, ())) - self.side // 2
-        places = torch.arange(length)
-        return (places < first) | (places >= first + self.side)
+
+def outside(centre: Tensor, side: int, length: int) -> Tensor:
+    """Which places of a row of ``length`` pixels are not in a hole ``side`` wide around ``centre`` (broadcast)."""
+    first = centre - side // 2
+    places = torch.arange(length, device=centre.device)
+    return (places < first) | (places >= first + side)
 
 
 def _timm_transform(input_size: tuple[int, int, int], **settings: Any) -> Transform:

@@ -1,26 +1,26 @@
 """Runs on two processes, beside the same on one; importing torch once is enough for all of them.
 
-``python tests/training/checkpoints/distributed_drill.py FOLDER CASE`` leaves run folders for ``test_distributed.py``.
+``PYTHONPATH=tests python tests/training/checkpoints/distributed_drill.py FOLDER CASE`` leaves run folders for
+``test_distributed.py``.
 """
 
 import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from lightning_utilities.core.rank_zero import rank_zero_only
-from omegaconf import OmegaConf
+from support import loaded_script
 from torch import nn
 
 from repblocks.training import run
 from repblocks.training.checkpoints.files import CheckpointFiles, steps_written
 
-CONFIGS = Path(__file__).parents[3] / "configs"
+DRILL = loaded_script(Path(__file__).parents[3] / "scripts" / "fault_drill.py")
 TINY = (
     *("trainer.max_epochs=1", "trainer.precision=64-true", "trainer.num_sanity_val_steps=0", "export.formats=[]"),
     *("optimizer=sgd", "optimizer.lr=0.02", "scheduler.warmup_epochs=0", "data.workers=0", "ema=on", "ema.decay=0.5"),
@@ -33,14 +33,11 @@ Config = dict[str, Any]
 
 
 def composed(*overrides: str) -> Config:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        values = OmegaConf.to_container(compose("train", [*TINY, *overrides]), resolve=True)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+    return DRILL.composed([*TINY, *overrides])
 
 
 def on_one(config: Config, folder: Path) -> None:
-    _wait([_child(lambda: run(config, folder))])
+    _wait([DRILL.forked(lambda: run(config, folder))])
 
 
 def on_two(config: Config, folder: Path) -> None:
@@ -57,21 +54,7 @@ def on_two(config: Config, folder: Path) -> None:
         run(config, folder)
         torch.distributed.destroy_process_group()
 
-    _wait([_child(lambda rank=rank: as_rank(rank)) for rank in range(2)])
-
-
-def _child(work: Callable[[], Any]) -> int:
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        work()
-        code = 0
-    except BaseException as error:  # a child must never return into the parent's code
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    finally:
-        os._exit(code)
+    _wait([DRILL.forked(lambda rank=rank: as_rank(rank)) for rank in range(2)])
 
 
 def _wait(children: list[int]) -> None:

@@ -1,6 +1,5 @@
 import os
 import resource
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -244,4 +243,3 @@ def test_a_file_system_without_links_gets_copies(tiny: Any, tmp_path: Path, monk
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert not last.is_symlink()
     assert last.read_bytes() == (tmp_path / "checkpoints" / "step-00000002.ckpt").read_bytes()
-    shutil.rmtree(tmp_path / "checkpoints")

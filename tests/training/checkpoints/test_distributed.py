@@ -24,7 +24,8 @@ pytestmark = pytest.mark.slow
 def drilled(folder: Path, case: str) -> Path:
     """The folder of run folders that a case of the drill leaves."""
     command = [sys.executable, str(Path(__file__).with_name("distributed_drill.py")), str(folder), case]
-    subprocess.run(command, check=True, capture_output=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    subprocess.run(command, check=True, capture_output=True, timeout=240, env=environment)
     return folder
 
 
