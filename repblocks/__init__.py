@@ -54,7 +54,7 @@ from repblocks.errors import (
     VerificationError,
 )
 from repblocks.expansion import Expanded, ExpandedConv, contract, expand
-from repblocks.export import export
+from repblocks.export import DeployModel, export, half_range, load_deploy
 from repblocks.fusion import (
     AffineConv,
     AffineConvTranspose,
@@ -99,6 +99,7 @@ __all__ = [
     "ConvBN",
     "DBBConv",
     "DataError",
+    "DeployModel",
     "DilatedRepConv",
     "EdgeConv",
     "EquivalenceReport",
@@ -145,11 +146,13 @@ __all__ = [
     "export",
     "fold",
     "form_of",
+    "half_range",
     "interleave",
     "kernel_report",
     "linear_operator",
     "list_models",
     "load",
+    "load_deploy",
     "macs",
     "pad_kernel",
     "profile",

@@ -28,7 +28,8 @@ _REMEDY = (
     "A model of your own (edited or collapsed) is saved by torch.export.save(torch.export.export(model, "
     "(images,)), path), or by its state_dict next to the code that makes it."
 )
-_FETCHING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+#: Arguments of timm that read or fetch other files.
+FETCHING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def built(path: Path, about: Mapping[str, Any]) -> nn.Module:
             f"{path} is for a model named {name!r}, which is not registered here; import the module that registers it "
             "with timm, then load again"
         )
-    if _FETCHING & args.keys():
+    if FETCHING & args.keys():
         raise CheckpointError(f"{path} asks to fetch other files ({args}), which a file may not; do not trust it")
     try:
         return _architecture(about)

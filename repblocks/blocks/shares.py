@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from repblocks.blocks.base import RepConv
 from repblocks.blocks.layers import Squeezed
@@ -31,20 +31,38 @@ def branch_shares(block: RepConv) -> dict[str, float]:
     Raises:
         FoldError: A branch does not fold.
     """
-    if block.form == "deploy":
-        return {"conv": 1.0}
-    top = copy.deepcopy(block.branches).cpu().double().eval()
+    norms = {name: kernel.norm().item() for name, kernel in branch_kernels(block).items()}
+    total = sum(norms.values())
+    if len(norms) == 1:
+        return dict.fromkeys(norms, 1.0)
+    return {name: norm / total if total else 0.0 for name, norm in norms.items()}
+
+
+def branch_kernels(block: RepConv) -> dict[str, Tensor]:
+    """What each parallel branch adds to the folded kernel: ``W_b`` of `branch_shares`, all of one shape.
+
+    Args:
+        block: As in `branch_shares`.
+
+    Returns:
+        ``[O, I / groups, *kernel_size]`` in float64 on the CPU by the branch's name, named as in `branch_shares`; the
+        sum is the kernel that the block folds to.
+
+    Raises:
+        FoldError: A branch does not fold.
+    """
+    name = "conv" if block.form == "deploy" else "branches"
+    top = copy.deepcopy(getattr(block, name)).cpu().double().eval()
     found = _parallel(top, block.in_channels)
     if found is None:
-        return {"branches": 1.0}
+        return {name: fold(top, block.in_channels).weight.detach()}
     container, _ = found
     kernels = dict(zip(container, _kernels(*found), strict=True))
-    norms: dict[str, float] = {}
-    for name in kernels:
-        _leave_one(container, kernels, name)
-        norms[name] = fold(top, block.in_channels).weight.norm().item()
-    total = sum(norms.values())
-    return {name: norm / total if total else 0.0 for name, norm in norms.items()}
+    added: dict[str, Tensor] = {}
+    for branch in kernels:
+        _leave_one(container, kernels, branch)
+        added[branch] = fold(top, block.in_channels).weight.detach()
+    return added
 
 
 def has_parallel_branches(block: RepConv) -> bool:

@@ -16,11 +16,10 @@ from hydra.types import RunMode
 from pytorch_lightning.callbacks import RichProgressBar
 from rich import get_console
 from rich.console import Console
-from rich.panel import Panel
 from rich.table import Table
-from rich.text import Text
 
 from repblocks.errors import RepblocksError
+from repblocks.terminal import show_error
 from repblocks.training.checkpoints.files import FOLDER, last_checkpoint
 from repblocks.training.summary import Summary
 from repblocks.training.task import ClassificationTask
@@ -62,9 +61,7 @@ def readable_errors() -> Generator[None]:
     except RepblocksError as error:
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
-        Console(stderr=True).print(
-            Panel(Text(_said(error)), title=type(error).__name__, border_style="red", title_align="left")
-        )
+        show_error(error, _said(error))
         if is_sweep():
             raise
         sys.exit(1)

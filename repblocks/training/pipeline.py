@@ -13,7 +13,7 @@ from repblocks.blocks.execution import set_execution
 from repblocks.errors import CheckpointError, ConfigurationError
 from repblocks.expansion.recipe import recipe_of
 from repblocks.expansion.report import ExpansionReport
-from repblocks.export import FORMATS, check_formats, export, installed_formats
+from repblocks.export import USUAL_FORMATS, check_formats, export, installed_formats
 from repblocks.training.build import Config, make_model, make_task, require_output
 from repblocks.training.checkpoints.callback import RunCheckpoints
 from repblocks.training.checkpoints.files import FOLDER, step_of
@@ -77,9 +77,9 @@ def checked_seed(seed: Any) -> int:
 
 
 def chosen_formats(config: Config) -> list[str]:
-    """The formats to export: as configured, or all that are installed."""
+    """The formats to export: as configured, or the usual ones as far as they are installed."""
     formats = config["export"]["formats"]
-    return installed_formats() if formats is None else formats
+    return [name for name in USUAL_FORMATS if name in installed_formats()] if formats is None else formats
 
 
 def remarks(
@@ -90,7 +90,7 @@ def remarks(
     found += [] if expansion is None else remarks_on(expansion)
     found += [] if form_of(model) == "train" else ["no block of this model collapses, so both its forms are the same"]
     if config["export"]["formats"] is None:
-        left_out = FORMATS.keys() - set(installed_formats())
+        left_out = set(USUAL_FORMATS) - set(installed_formats())
         found += [f"{name} is not exported: pip install 'repblocks[export]'" for name in sorted(left_out)]
     return found
 
@@ -133,7 +133,7 @@ def conclude(config: Config, data: ImageData, trainer: pl.Trainer, folder: Path,
     with clock("test"):
         forms = measure({"train": train_form, "deploy": deploy_form}, data, trainer.strategy.root_device)
     with clock("export"):
-        export(plain, folder / "deploy", formats=chosen_formats(config), inputs=images)
+        export(plain, folder / "deploy", formats=chosen_formats(config), inputs=images, source=best)
     details = {
         "expansions": list(recipe_of(train_form)),
         "classes": len(data.class_names),

@@ -11,10 +11,11 @@ from sklearn.model_selection import train_test_split
 from torchvision.datasets import ImageFolder
 
 from repblocks.errors import DataError
+from repblocks.images import read_image
 from repblocks.names import known_name
 from repblocks.training.data.cifar import load_cifar
 from repblocks.training.data.memory import ArrayImages
-from repblocks.training.data.reading import mode_for, read_image
+from repblocks.training.data.reading import mode_for
 from repblocks.training.data.splits import Images, Splits, folder_of
 from repblocks.training.data.timm_datasets import SplitNames, is_of_timm, timm_splits
 

@@ -1,17 +1,14 @@
-"""From a file to an image, and what happens to a file that is none."""
+"""Gray or colour, and what to do about images that cannot be read."""
 
 import sys
-from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 from zlib import crc32
 
-import numpy as np
 import torch
-from PIL import Image
 
 from repblocks.errors import DataError
+from repblocks.images import Mode
 
-Mode = Literal["L", "RGB"]
 BadImages = Literal["error", "skip"]
 
 _FLAGS = 2**20
@@ -26,39 +23,6 @@ def mode_for(in_chans: int) -> Mode:
     if in_chans not in (1, 3):
         raise DataError(f"data.in_chans={in_chans}, images are read in 1 (grayscale) or 3 channels; choose one of them")
     return "L" if in_chans == 1 else "RGB"
-
-
-def read_image(source: str | Path | IO[bytes], mode: Mode, name: str | None = None) -> Image.Image:
-    """Decode an image of any format that Pillow knows.
-
-    Args:
-        source: A path, or an open file.
-        mode: Gray or colour.
-        name: What errors call it; needed for an open file.
-
-    Raises:
-        DataError: It is damaged, or its pixels have no fixed range.
-    """
-    name = str(source) if name is None else name
-    try:
-        with Image.open(source) as image:
-            return _in_eight_bits(name, image).convert(mode)
-    except DataError:
-        raise
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
-        raise DataError(f"{name} cannot be read as an image ({error}); repair or remove it") from error
-
-
-def _in_eight_bits(name: str, image: Image.Image) -> Image.Image:
-    """The same picture in a mode that Pillow converts without clipping values and without a warning."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise DataError(
-            f"{name} has pixels of mode {image.mode!r}, whose range is not fixed; needed are 8 or 16 bits per value: "
-            "scale it and save it as an 8-bit PNG"
-        )
-    return image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
 
 
 class LoadingError(DataError):

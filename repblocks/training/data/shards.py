@@ -11,7 +11,7 @@ from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from repblocks.errors import DataError
-from repblocks.training.data.reading import Mode, read_image
+from repblocks.images import Mode, read_image
 
 Member = dict[str, Any]
 """The files of one image by their extension, undecoded, and where they are from."""

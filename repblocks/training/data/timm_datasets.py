@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 from torchvision.datasets import DatasetFolder, Places365
 
 from repblocks.errors import ConfigurationError, DataError
+from repblocks.images import Mode, read_image
 from repblocks.names import known_name
-from repblocks.training.data.reading import Mode, mode_for, read_image
+from repblocks.training.data.reading import mode_for
 from repblocks.training.data.shards import Shards
 from repblocks.training.data.splits import Part, Splits, folder_of
 

@@ -1,62 +1,25 @@
 import copy
-import functools
 import hashlib
 import importlib.util
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import onnx
-import onnxruntime
 import pytest
 import torch
+from export.cases import EXPORTING, ZOO, pictures, session, small, trained, wrong
 from support import calibrate
 from torch import nn
 
 from repblocks.blocks import RepVGGBlock, deployed, form_of
 from repblocks.checkpoint import load, save
 from repblocks.errors import CheckpointError, ConfigurationError, VerificationError
-from repblocks.export import FORMATS, Format, Written, check_formats, export
+from repblocks.export import FORMATS, Format, add_file, check_formats, export, onnx_graph
 from repblocks.models import create_model
 from repblocks.verification import TOLERANCES, verify
-
-MODULE = sys.modules["repblocks.export"]
-ZOO = ["rb_repvgg_cifar", "rb_repnext_cifar"]
-
-
-def trained(name="rb_repvgg_cifar"):
-    return copy.deepcopy(_trained(name))
-
-
-def small():
-    """Four blocks: what takes long is tracing, layer by layer."""
-    return copy.deepcopy(_trained("rb_repvgg_cifar", depths=(1, 1, 1), widths=(8, 12, 16)))
-
-
-@functools.cache
-def _trained(name, **kwargs):
-    torch.manual_seed(0)
-    model = create_model(name, num_classes=5, **kwargs)
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 24, 16), "label_names": tuple("abcde")}
-    return calibrate(model, pictures(8))
-
-
-def pictures(count, *size):
-    return torch.randn(count, 3, *(size or (24, 16)), generator=torch.Generator().manual_seed(1))
-
-
-def session(path):
-    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-
-def wrong(model, block):
-    """A copy with one block slightly wrong."""
-    changed = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in changed.get_submodule(block).parameters():
-            parameter.mul_(1.01)
-    return changed
 
 
 @pytest.fixture(scope="module", params=ZOO)
@@ -157,7 +120,7 @@ def test_real_images_are_compared_too_and_set_the_size(tmp_path):
         "safetensors": 9,
         "onnx": 9,
     }
-    assert json.loads(report.manifest.read_text())["files"]["onnx"]["input_size"] == [3, 20, 36]
+    assert json.loads(report.manifest.read_text())["files"]["onnx"]["input"]["shape"] == ["batch", 3, 20, 36]
     assert session(tmp_path / "model.onnx").run(None, {"images": images.numpy()})[0].shape == (5, 5)
 
 
@@ -172,7 +135,7 @@ def test_an_error_that_random_images_hide_is_found_on_the_real_ones(tmp_path, mo
     with torch.no_grad():
         model[1].bias.zero_()
     model.pretrained_cfg = {"input_size": (3, 24, 16)}
-    monkeypatch.setattr(MODULE, "deployed", slightly_biased)
+    monkeypatch.setattr(EXPORTING, "deployed", slightly_biased)
     assert export(model, tmp_path, formats=[]).files == {}
     with pytest.raises(VerificationError, match="the deploy form differs"):
         export(model, tmp_path, formats=[], inputs=1e-3 * pictures(2))
@@ -194,7 +157,7 @@ def test_dtypes_that_the_runtime_lacks_are_refused_and_nothing_is_written(tmp_pa
 
 
 def test_what_an_onnx_file_cannot_hold_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(MODULE, "_LARGEST_ONNX_BYTES", 10_000)
+    monkeypatch.setattr(onnx_graph, "_LARGEST_ONNX_BYTES", 10_000)
     with pytest.raises(ConfigurationError, match=r"at most 2 GiB, the weights need .*formats=\('safetensors',\)"):
         export(small(), tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -235,7 +198,7 @@ def test_a_manifest_that_cannot_be_written_takes_the_files_with_it(tmp_path):
 @pytest.mark.parametrize("name", ZOO)
 def test_a_wrong_collapse_writes_nothing_and_names_the_block(tmp_path, monkeypatch, name):
     block = "stages.1.0"
-    monkeypatch.setattr(MODULE, "deployed", lambda model: wrong(deployed(model), block))
+    monkeypatch.setattr(EXPORTING, "deployed", lambda model: wrong(deployed(model), block))
     with pytest.raises(VerificationError, match=rf"the deploy form differs .* most is '{block}.*; no file was written"):
         export(trained(name), tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -247,8 +210,9 @@ def test_a_wrong_file_takes_the_others_with_it_and_keeps_an_earlier_export(tmp_p
     for name, content in earlier.items():
         (tmp_path / name).write_bytes(content)
 
-    def write_wrong(deploy, path, images):
-        return format.write(wrong(deploy, "stages.2.0"), path, images)
+    def write_wrong(job, path):
+        model = wrong(job.deploy, "stages.2.0")
+        return format.write(replace(job, deploy=model, graph=model), path)
 
     monkeypatch.setitem(FORMATS, broken, replace(format, write=write_wrong))
     with pytest.raises(VerificationError, match=rf"the {broken} file differs .* block that differs most is .*written"):
@@ -257,9 +221,9 @@ def test_a_wrong_file_takes_the_others_with_it_and_keeps_an_earlier_export(tmp_p
 
 
 def test_the_wrong_block_of_a_wrong_file_is_named(tmp_path, monkeypatch):
-    def write_wrong(deploy, path, images):
-        save(wrong(deploy, "stages.2.0"), path)
-        return Written(run=load(path))
+    def write_wrong(job, path):
+        save(wrong(job.deploy, "stages.2.0"), path)
+        return {}
 
     monkeypatch.setitem(FORMATS, "safetensors", replace(FORMATS["safetensors"], write=write_wrong))
     with pytest.raises(VerificationError, match=r"most is 'stages\.2\.0.*\(relative error 0\.0"):
@@ -281,20 +245,23 @@ def test_a_graph_with_more_layers_than_the_deploy_form_is_refused(tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_format_is_one_function(tmp_path, monkeypatch):
-    def write_pt2(deploy, path, images):
-        torch.export.save(torch.export.export(deploy, (images,), dynamic_shapes=({0: torch.export.Dim("n")},)), path)
-        return Written(run=torch.export.load(path).module(), facts={"kind": "torch.export"})
+def test_a_format_is_two_functions(tmp_path, monkeypatch):
+    def write(job, path):
+        torch.save(job.deploy, path)
+        return {"kind": "pickle"}
 
-    monkeypatch.setitem(FORMATS, "pt2", Format(filename="model.pt2", write=write_pt2))
-    report = export(small(), tmp_path, formats=["pt2"], inputs=pictures(3))
-    assert report.equivalence["pt2"].passed
-    assert json.loads(report.manifest.read_text())["files"]["pt2"]["kind"] == "torch.export"
+    pickled = Format(filename="model.pt", write=write, open=lambda path: torch.load(path, weights_only=False))
+    monkeypatch.setitem(FORMATS, "pickle", pickled)
+    report = export(small(), tmp_path, formats=["pickle"], inputs=pictures(3))
+    assert report.equivalence["pickle"].passed
+    assert json.loads(report.manifest.read_text())["files"]["pickle"]["kind"] == "pickle"
 
 
 @pytest.mark.parametrize("formats", ["coreml", ["onnx", "coreml"]])
 def test_an_unknown_format_is_answered_with_the_known_ones(tmp_path, formats):
-    with pytest.raises(ConfigurationError, match="unknown export format 'coreml'; choose from safetensors, onnx"):
+    with pytest.raises(
+        ConfigurationError, match="unknown export format 'coreml'; choose from safetensors, timm, onnx, pt2"
+    ):
         export(small(), tmp_path, formats=formats)
 
 
@@ -308,22 +275,31 @@ def test_missing_packages_are_answered_with_the_command(monkeypatch):
     assert check_formats(["safetensors"]).keys() == {"safetensors"}
 
 
-def test_the_packages_of_the_extra_are_not_needed_to_import(monkeypatch):
-    for package in FORMATS["onnx"].packages:
-        monkeypatch.setitem(sys.modules, package, None)
-    spec = importlib.util.spec_from_file_location("export_without_the_extra", MODULE.__file__)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    assert module.FORMATS.keys() == FORMATS.keys()
+def test_the_packages_of_the_extras_are_not_imported_with_repblocks():
+    packages = sorted({package for format in FORMATS.values() for package in format.packages})
+    code = f"import sys, repblocks; print([name for name in {packages} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_files_of_an_earlier_export_do_not_stay_beside_a_description_of_others(tmp_path):
     (tmp_path / "notes.onnx").write_text("mine")
-    for filename in ("model.onnx", "model.safetensors"):
+    for filename in ("model.onnx", "model.bin", "model.safetensors", ".model.0123abcd.onnx"):
         (tmp_path / filename).write_text("old")
+    (tmp_path / ".bashrc.original.bak").write_text("mine")
     export(small(), tmp_path, formats=["safetensors"])
-    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "deploy.json", "notes.onnx"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("model.safetensors", "deploy.json", "notes.onnx", ".bashrc.original.bak")
+    }
+
+
+def test_what_an_earlier_description_added_goes_with_it_unless_it_was_changed(tmp_path):
+    export(small(), tmp_path, formats=["safetensors"])
+    for name in ("int8", "tuned"):
+        (tmp_path / f"model.{name}.onnx").write_text(name)
+        add_file(tmp_path, name, tmp_path / f"model.{name}.onnx", format="onnx")
+    (tmp_path / "model.tuned.onnx").write_text("by hand")
+    export(small(), tmp_path, formats=["safetensors"])
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "deploy.json", "model.tuned.onnx"}
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 16), (2, 1, 24, 16), (2, 3, 24), (0, 3, 24, 16)])

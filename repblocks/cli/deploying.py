@@ -1,0 +1,110 @@
+"""Commands about deploy files: writing them, and using them."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Group
+from torch import nn
+
+from repblocks.blocks.base import deployed
+from repblocks.cli.output import AsJson, pairs, progress, show, table
+from repblocks.cli.sources import model_from, random_images, size_of
+from repblocks.names import known_name
+
+Sizes = Annotated[bool, typer.Option("--dynamic-size", help="Graphs take images of any size.")]
+Pixels = Annotated[str, typer.Option("--pixels", help="What graphs take: normalized, unit ([0, 1]) or uint8.")]
+Preparation = Annotated[
+    str, typer.Option("--int8-preparation", help="none, equalized, corrected, ..., or best, which tries all.")
+]
+Data = Annotated[list[str] | None, typer.Argument(help="Data for comparing and calibrating: data=digits data.root=...")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("export")(export)
+    app.command("predict")(predict)
+
+
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, a run folder, a name, or module:function.")],
+    overrides: Data = None,
+    out: Annotated[Path, typer.Option("--out", help="The deploy folder.")] = Path("deploy"),
+    formats: Annotated[str, typer.Option("--format", help="Separated by commas.")] = "safetensors,onnx",
+    dynamic_size: Sizes = False,
+    pixels: Pixels = "normalized",
+    opset: Annotated[int | None, typer.Option("--opset", help="Of ONNX; the exporter's own by default.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Write model.int8.onnx too, calibrated on the data.")] = False,
+    preparation: Preparation = "none",
+    max_drop: Annotated[float, typer.Option("--max-drop", help="Accuracy that int8 may cost.")] = 0.01,
+    as_json: AsJson = False,
+) -> None:
+    """Collapse, write deploy files, and prove each of them equal in its own runtime."""
+    from repblocks.export import export as write
+
+    model = model_from(checkpoint)
+    data = _data(model, overrides or []) if overrides or int8 else None
+    report = write(
+        model,
+        out,
+        formats=formats.split(","),
+        inputs=random_images(8, size_of(model)) if data is None else data.test_images(64),
+        sizes="dynamic" if dynamic_size else "fixed",
+        pixels=cast("Any", pixels),
+        opset=opset,
+        source=checkpoint if Path(checkpoint).is_file() else None,
+    )
+    files = {
+        name: {"file": str(path), "equivalence": report.equivalence[name].to_dict()}
+        for name, path in report.files.items()
+    }
+    quantized = _quantized(model, data, out, preparation, max_drop) if int8 else None
+    result = {"manifest": str(report.manifest), "files": files, "float16": report.half_range.to_dict()}
+    text = partial(_said, files, str(report.half_range), quantized)
+    show({**result, "int8": quantized and quantized.to_dict()}, text, as_json=as_json)
+
+
+def _said(files: dict[str, Any], half: str, quantized: Any) -> Any:
+    rows = [
+        (name, of["file"], f"{of['equivalence']['relative_error']:.1e}", f"{of['equivalence']['tolerance']:.0e}")
+        for name, of in files.items()
+    ]
+    lines = [half, *([] if quantized is None else [str(quantized)])]
+    return Group(table("", ("format", "file", "relative error", "at most"), rows), *lines)
+
+
+def _quantized(model: nn.Module, data: Any, folder: Path, preparation: str, max_drop: float) -> Any:
+    """Calibrate on validation images, and measure the gate on test images."""
+    from repblocks.quantization import PREPARATIONS, best_prepared, prepared, quantize
+
+    known_name("preparation", preparation, [*PREPARATIONS, "best"])
+    images = [images for images, *_ in data.val_dataloader()]
+    plain = deployed(model)
+    best = preparation == "best"
+    candidate = best_prepared(plain, images).model if best else prepared(plain, images, cast("Any", preparation))
+    return quantize(candidate, images, folder, reference=plain, labelled=data.test_dataloader(), max_drop=max_drop)
+
+
+def _data(model: nn.Module, overrides: Sequence[str]) -> Any:
+    from repblocks.training.validation import data_for
+
+    return data_for(model, overrides)
+
+
+def predict(
+    deploy: Annotated[Path, typer.Argument(help="A deploy folder, or its deploy.json.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    top: Annotated[int, typer.Option("--top", help="Classes per image.")] = 5,
+    runtime: Annotated[str | None, typer.Option("--runtime", help="Which of its files to run; told by itself.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Name the most probable classes of images, from a deploy folder alone."""
+    from repblocks.export import load_deploy
+
+    model = load_deploy(deploy, runtime=runtime)
+    found = [model.predict([path], top=top)[0] for path in progress(images, "predicting", as_json=as_json)]
+    result = {str(path): [each.to_dict() for each in best] for path, best in zip(images, found, strict=True)}
+    lines = {str(path): ", ".join(map(str, best)) for path, best in zip(images, found, strict=True)}
+    show(result, lambda: pairs(lines), as_json=as_json)

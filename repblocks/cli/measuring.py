@@ -1,0 +1,80 @@
+"""Commands that measure: speed in several runtimes, and the report page."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from repblocks.cli.output import AsJson, progress, show, table
+from repblocks.cli.sources import Size, model_from, parsed_size, random_images, size_of
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("benchmark")(benchmark)
+    app.command("report")(report)
+
+
+def benchmark(
+    models: Annotated[list[str], typer.Argument(help="Names, checkpoints, folders, or module:function.")],
+    runtimes: Annotated[
+        str | None, typer.Option("--runtimes", help="eager,compile,onnxruntime,openvino; those installed by default.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Images at a time.")] = 1,
+    repeats: Annotated[int, typer.Option("--repeats", help="Rounds, of which the median counts.")] = 20,
+    size: Size = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw it, as .png or .svg.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time train form, deploy form and timm's twin in several runtimes, in turns on one thread."""
+    from repblocks.benchmark import compare_forms, draw, usable_runtimes
+
+    chosen = usable_runtimes(runtimes and runtimes.split(","))
+    rows: list[dict[str, Any]] = []
+    for name in progress(models, "measuring", as_json=as_json):
+        model = model_from(name)
+        rows += compare_forms(name, model, size_of(model, size), runtimes=chosen, batch=batch, repeats=repeats)
+    if plot is not None:
+        draw(rows, plot)
+    show({"threads": 1, "batch": batch, "rows": rows}, lambda: _table(rows, batch), as_json=as_json)
+
+
+def _table(rows: list[dict[str, Any]], batch: int) -> Any:
+    columns = ("model", "runtime", "train", "deploy", "timm", "train/deploy", "timm/deploy")
+    cells = [
+        (
+            row["model"],
+            row["runtime"],
+            *(_number(row[f"{side}_ms"]) for side in ("train", "deploy", "timm")),
+            *(_number(row[f"{side}_over_deploy"]) for side in ("train", "timm")),
+        )
+        for row in rows
+    ]
+    return table(f"milliseconds (medians), {batch} image(s), 1 thread", columns, cells)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def report(
+    source: Annotated[str, typer.Argument(help="A run folder, a checkpoint, a name, or module:function.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
+    figures: Annotated[Path | None, typer.Option("--figures", help="PNG and SVG of each figure go here.")] = None,
+    size: Size = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one self-contained page about a model: blocks, kernels, curves, costs."""
+    from repblocks.report import write_report
+
+    path = Path(source)
+    written = write_report(
+        path if path.exists() else model_from(source),
+        out,
+        figures=figures,
+        inputs=None if size is None else random_images(2, parsed_size(size)),
+        track=partial(progress, as_json=as_json),
+    )
+    files = [str(file) for file in written]
+    show({"written": files}, lambda: "\n".join(["written:", *(f"  {file}" for file in files)]), as_json=as_json)

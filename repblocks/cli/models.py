@@ -1,0 +1,164 @@
+"""Commands about models: what there is, what they are made of, what collapses, what is equal."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.tree import Tree
+from torch import nn
+
+from repblocks.blocks.base import RepBlock, RepConv, deployed, form_of
+from repblocks.checkpoint import save
+from repblocks.cli.output import AsJson, progress, show, table
+from repblocks.cli.sources import Size, arguments_from, model_from, random_images, size_of, weights_in
+from repblocks.errors import FoldError
+from repblocks.fusion import fold
+from repblocks.models.registry import create_model, list_models
+from repblocks.profiling import profile
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    for name, command in (("list", list_), ("describe", describe), ("collapse", collapse), ("verify", verify)):
+        app.command(name)(command)
+    app.command("convert")(convert)
+
+
+def list_(
+    pattern: Annotated[str, typer.Argument(help="Shell-style wildcard; 'resnet*' for timm's models.")] = "rb_*",
+    as_json: AsJson = False,
+) -> None:
+    """List models with parameters and MACs of both forms."""
+    rows = [_costs(name) for name in progress(list_models(pattern), "counting", as_json=as_json)]
+    columns = ("model", "input", "params (M)", "deployed", "MACs (G)", "deployed ")
+    show(rows, lambda: table("", columns, map(_cost_row, rows)), as_json=as_json)
+
+
+def _costs(name: str) -> dict[str, Any]:
+    with torch.device("meta"):  # shapes are all that counting needs
+        model = create_model(name)
+    size = size_of(model)
+    forms = {"train": model, "deploy": deployed(model)}
+    return {"model": name, "input_size": size, **{form: profile(it, size).to_dict() for form, it in forms.items()}}
+
+
+def _cost_row(row: dict[str, Any]) -> list[str]:
+    train, deploy = row["train"], row["deploy"]
+    millions = [f"{form['params'] / 1e6:.2f}" for form in (train, deploy)]
+    return [row["model"], str(row["input_size"][1]), *millions, *(f"{f['macs'] / 1e9:.2f}" for f in (train, deploy))]
+
+
+def describe(
+    model: Annotated[str, typer.Argument(help="A name, a checkpoint, a folder, or module:function.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show a model's blocks, their branches, and what each folds into."""
+    network = model_from(model)
+    blocks = {name: module for name, module in network.named_modules() if isinstance(module, RepConv)}
+    rows = {name: _described(block) for name, block in blocks.items()}
+    costs = profile(network, size_of(network)).to_dict()
+    result = {"model": type(network).__name__, "form": form_of(network), **costs, "blocks": rows}
+    show(result, lambda: _tree(result), as_json=as_json)
+
+
+def _described(block: RepConv) -> dict[str, Any]:
+    if block.form == "deploy":
+        return {"kind": type(block).__name__, "branches": {}, "folds_into": str(block.conv)}
+    branches = {name: _line(branch) for name, branch in block.branches.named_children()}
+    return {"kind": type(block).__name__, "branches": branches, "folds_into": _value(block)}
+
+
+def _line(branch: nn.Module) -> str:
+    layers = [module for module in branch.modules() if not list(module.children())]
+    return " - ".join(type(layer).__name__ if not hasattr(layer, "weight") else _layer(layer) for layer in layers)
+
+
+def _layer(layer: nn.Module) -> str:
+    kernel = vars(layer).get("kernel_size")
+    return f"{type(layer).__name__}{'x'.join(map(str, kernel)) if kernel else ''}"
+
+
+def _value(block: RepConv) -> str:
+    try:
+        return str(fold(block))
+    except FoldError as error:
+        return f"does not fold: {error}"
+
+
+def _tree(result: dict[str, Any]) -> Tree:
+    head = f"{result['model']}, {result['form']} form, {result['params']:,} params, {result['macs']:,} MACs"
+    tree = Tree(head)
+    for name, block in result["blocks"].items():
+        node = tree.add(f"{name}: {block['kind']} -> {block['folds_into']}")
+        for branch, line in block["branches"].items():
+            node.add(f"{branch}: {line}")
+    return tree
+
+
+def collapse(
+    model: Annotated[str, typer.Argument(help="A name, a checkpoint, a folder, or module:function.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Write the collapsed weights here.")] = None,
+    size: Size = None,
+    as_json: AsJson = False,
+) -> None:
+    """Collapse any model by its graph, and say what was merged and what was left."""
+    from repblocks.graph import collapse as collapse_graph
+
+    network = model_from(model)
+    small, report = collapse_graph(network, random_images(2, size_of(network, size)))
+    if out is not None:
+        _write(small, out)
+    show({**report.to_dict(), "written": out and str(out)}, lambda: str(report), as_json=as_json)
+
+
+def _write(model: nn.Module, path: Path) -> None:
+    """Write a model with all that rebuilds it where one of ours was collapsed, else its weights."""
+    if any(isinstance(module, RepBlock) for module in model.modules()):
+        save(model, path)
+        return
+    from safetensors.torch import save_file
+
+    from repblocks.files import replacing
+
+    with replacing(path) as temporary:
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, temporary)
+
+
+def verify(
+    reference: Annotated[str, typer.Argument(help="A name, a checkpoint, a folder, or module:function.")],
+    candidate: Annotated[str, typer.Argument(help="What should compute the same.")],
+    size: Size = None,
+    count: Annotated[int, typer.Option("--count", help="Random images to compare on.")] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two models on the same images; exit code 1 where they differ."""
+    from repblocks.verification import verify as compare
+
+    first, second = model_from(reference), model_from(candidate)
+    report = compare(first, second, random_images(count, size_of(first, size)))
+    show(report.to_dict(), lambda: str(report), as_json=as_json)
+    report.raise_if_different(candidate)
+
+
+def convert(
+    weights: Annotated[Path, typer.Argument(help="Weights of timm, of a paper's repository, or of ours.")],
+    out: Annotated[Path, typer.Option("--out", help="A safetensors file.")],
+    model: Annotated[str | None, typer.Option("--model", help="Our name of the model; told by the weights.")] = None,
+    source: Annotated[str | None, typer.Option("--source", help="Whose names they have; told by them.")] = None,
+    target: Annotated[str, typer.Option("--target", help="Whose names to give.")] = "repblocks",
+    arg: Annotated[list[str], typer.Option("--arg", help="Of the model, such as num_classes=10.")] = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Rename weights between libraries."""
+    from safetensors.torch import save_file
+
+    from repblocks.convert import convert as rename
+    from repblocks.files import replacing
+
+    given = weights_in(weights)
+    renamed = rename(given, model=model, source=source, target=target, **arguments_from(arg))
+    with replacing(out) as temporary:
+        save_file({name: value.clone().contiguous() for name, value in renamed.items()}, temporary)
+    result = {"weights": str(weights), "written": str(out), "tensors": len(renamed)}
+    show(result, lambda: f"{len(renamed)} tensors written to {out}", as_json=as_json)

@@ -1,0 +1,20 @@
+"""What all commands say in the same way."""
+
+import sys
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from repblocks.errors import RepblocksError
+
+
+def show_error(error: RepblocksError, said: str | None = None) -> None:
+    """Show an error that repblocks raises on purpose as one block, on stderr.
+
+    Args:
+        error: Its class is the title.
+        said: What to show in the place of its message.
+    """
+    block = Panel(Text(said or str(error)), title=type(error).__name__, border_style="red", title_align="left")
+    Console(stderr=True, file=sys.stderr).print(block)

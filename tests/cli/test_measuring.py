@@ -1,0 +1,45 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from repblocks import benchmark
+from repblocks.runtimes import RUNTIMES
+
+
+def test_benchmark_times_both_forms_in_each_runtime(command: Any, trained: Path, tmp_path: Path) -> None:
+    options = ("--runtimes", "eager,onnxruntime,openvino", "--repeats", "2", "--plot", tmp_path / "plot.png", "--json")
+    said = command("benchmark", trained, *options)
+    assert said.code == 0, said.err
+    rows = said.json["rows"]
+    assert [row["runtime"] for row in rows] == ["eager", "onnxruntime", "openvino"]
+    for row in rows:
+        assert row["train_over_deploy"] == pytest.approx(row["train_ms"] / row["deploy_ms"])
+        assert row["timm_ms"] is None
+    assert Image.open(tmp_path / "plot.png").size[0] > 300
+    assert "eager" in command("benchmark", trained, "--runtimes", "eager", "--repeats", "1").out
+
+
+def test_the_compiler_is_a_runtime(command: Any) -> None:
+    assert list(RUNTIMES) == ["eager", "compile", "onnxruntime", "openvino"]
+
+
+@pytest.mark.parametrize(("name", "twin"), [("rb_repvgg_a0", True), ("rb_repvit_m0_9", True), ("resnet18", False)])
+def test_the_twin_is_timms_model_of_the_same_layout(name: str, twin: bool) -> None:  # noqa: FBT001
+    found = benchmark.twin_of(name)
+    assert (found is not None) == twin
+
+
+def test_unknown_runtimes_are_refused(command: Any, trained: Path) -> None:
+    said = command("benchmark", trained, "--runtimes", "tensorrt")
+    assert said.code == 1
+    assert "tensorrt" in said.err
+
+
+def test_report_writes_one_page_and_figures(command: Any, trained: Path, tmp_path: Path) -> None:
+    said = command("report", trained, "-o", tmp_path / "page.html", "--figures", tmp_path / "figures", "--json")
+    assert said.code == 0, said.err
+    assert str(tmp_path / "page.html") in said.json["written"]
+    assert "http://" not in (tmp_path / "page.html").read_text().replace("http://www.w3.org", "")
+    assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".png", ".svg"}
