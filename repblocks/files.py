@@ -28,6 +28,7 @@ def replacing(path: Path) -> Generator[Path]:
             yield temporary
             with temporary.open("rb+") as written:
                 os.fsync(written.fileno())
+            temporary.chmod(_usual_mode())  # safetensors writes files that nobody else can read
             temporary.replace(path)
             _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
@@ -41,6 +42,13 @@ def remove_unfinished(folder: Path) -> None:
     """Remove what `replacing` left under temporary names in a folder when its process was killed."""
     for path in folder.glob(".*.????????.*"):
         path.unlink(missing_ok=True)
+
+
+def _usual_mode() -> int:
+    """The permissions that a file gets which nothing is said about."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 @contextmanager

@@ -1,4 +1,6 @@
 import copy
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -232,6 +234,15 @@ def test_the_old_file_stays_until_the_new_one_is_complete(tmp_path):
         assert temporary.suffix == ".txt"
     assert path.read_text() == "two"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save(trained(), tmp_path / "model.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o640
 
 
 def test_a_loaded_model_does_not_depend_on_its_file(tmp_path):
