@@ -24,7 +24,7 @@ from repblocks.verification import verify
 
 EXECUTORCH = pytest.mark.skipif(
     importlib.util.find_spec("executorch") is None,
-    reason='pip install "repblocks[executorch]": no wheel for this Python',
+    reason='ExecuTorch is no part of dev, because its wheel pins much: pip install "repblocks[executorch]"',
 )
 GRAPHS = ["onnx", "pt2", "openvino"]
 SIZES = [(24, 16), (56, 40)]
