@@ -2,7 +2,9 @@
 
 import importlib.util
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,50 +15,43 @@ from repblocks.errors import ConfigurationError
 from repblocks.names import known_name
 
 Run = Callable[[Tensor], Any]
+Graph = Callable[[], Path]
+"""Gives the model's ONNX file, which is written when the first runtime asks for it."""
 
 
-def eager(model: nn.Module, images: Tensor, folder: Path) -> Run:
+def eager(model: nn.Module, images: Tensor, graph: Graph) -> Run:
     """PyTorch, operation by operation."""
-    return model.eval()
+    return model
 
 
-def compiled(model: nn.Module, images: Tensor, folder: Path) -> Run:
+def compiled(model: nn.Module, images: Tensor, graph: Graph) -> Run:
     """``torch.compile``, compiled before it is timed."""
-    run: Run = torch.compile(model.eval())
+    run: Run = torch.compile(model)
     with torch.no_grad():
         run(images)
     return run
 
 
-def onnxruntime_session(model: nn.Module, images: Tensor, folder: Path) -> Run:
+def onnxruntime_session(model: nn.Module, images: Tensor, graph: Graph) -> Run:
     """ONNX Runtime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    path = written(model, folder / "model.onnx", images)
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(graph(), options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {"images": images.numpy()})
 
 
-def openvino_session(model: nn.Module, images: Tensor, folder: Path) -> Run:
+def openvino_session(model: nn.Module, images: Tensor, graph: Graph) -> Run:
     """OpenVINO on the CPU."""
     import openvino  # pyright: ignore[reportMissingImports]  # an extra
 
     settings = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
-    session: Any = openvino.compile_model(written(model, folder / "model.onnx", images), "CPU", settings)
+    session: Any = openvino.compile_model(graph(), "CPU", settings)
     return lambda images: session(images.numpy())
 
 
-def written(model: nn.Module, path: Path, images: Tensor) -> Path:
-    """A model as an ONNX graph, as it is: not collapsed, not verified."""
-    program = torch.onnx.export(model.eval(), (images,), dynamo=True, input_names=["images"], verbose=False)
-    assert program is not None
-    program.save(path)
-    return path
-
-
-RUNTIMES: Mapping[str, Callable[[nn.Module, Tensor, Path], Run]] = {
+RUNTIMES: Mapping[str, Callable[[nn.Module, Tensor, Graph], Run]] = {
     "eager": eager,
     "compile": compiled,
     "onnxruntime": onnxruntime_session,
@@ -90,12 +85,29 @@ def _missing(name: str) -> list[str]:
     return [package for package in _PACKAGES.get(name, ()) if importlib.util.find_spec(package) is None]
 
 
-def opened(runtime: str, models: Mapping[str, nn.Module], images: Tensor) -> dict[str, Run]:
-    """Models in one runtime, by name."""
+@contextmanager
+def opened(models: Mapping[str, nn.Module], images: Tensor) -> Generator[Callable[[str], dict[str, Run]]]:
+    """Gives a function that opens all models in a runtime: ``runs_in("onnxruntime")[name](images)``.
+
+    Each model is written as a graph at most once, whatever the number of runtimes; the files go with the block.
+
+    Args:
+        models: In eval mode, on the CPU, by name.
+        images: ``[N, C, H, W]``, as the models will read them.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        runs: dict[str, Run] = {}
-        for name, model in models.items():
-            place = Path(folder) / name
-            place.mkdir()
-            runs[name] = RUNTIMES[runtime](model, images, place)
-    return runs
+        files = {name: Path(folder) / f"{place}.onnx" for place, name in enumerate(models)}
+        graphs = {name: cache(partial(_written, model, files[name], images)) for name, model in models.items()}
+
+        def runs_in(runtime: str) -> dict[str, Run]:
+            return {name: RUNTIMES[runtime](model, images, graphs[name]) for name, model in models.items()}
+
+        yield runs_in
+
+
+def _written(model: nn.Module, path: Path, images: Tensor) -> Path:
+    """A model as an ONNX graph, as it is: not collapsed, not verified."""
+    program = torch.onnx.export(model, (images,), dynamo=True, input_names=["images"], verbose=False)
+    assert program is not None
+    program.save(path)
+    return path

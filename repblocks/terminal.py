@@ -6,11 +6,9 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from repblocks.errors import RepblocksError
 
-
-def show_error(error: RepblocksError, said: str | None = None) -> None:
-    """Show an error that repblocks raises on purpose as one block, on stderr.
+def show_error(error: Exception, said: str | None = None) -> None:
+    """Show an error that tells users what to do as one block, on stderr.
 
     Args:
         error: Its class is the title.

@@ -7,13 +7,9 @@ OpenVINO is used where it is installed. Weights are random, BatchNorms have stat
 
 import argparse
 import copy
-import importlib.util
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -25,6 +21,7 @@ import repblocks as rb
 from repblocks.calibration import calibrate, reestimate
 from repblocks.graph.collapse import collapse_unverified
 from repblocks.profiling import count_ops, latency_ms, profile
+from repblocks.runtimes import Run, opened, usable_runtimes
 
 MODELS = (
     "repvgg_a0",
@@ -70,7 +67,7 @@ COLUMNS = (
 COPIES = 4
 """Images of which BatchNorm's statistics are calculated, and on which the two models are compared."""
 
-Run = Callable[[Tensor], Any]
+RUNTIMES = ("eager", "onnxruntime", "openvino")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -106,7 +103,7 @@ def row(name: str, repeats: int) -> list[str]:
         " -> ".join(f"{cost.params / 1e6:.2f}" for cost in costs),
         " -> ".join(f"{cost.macs / 1e9:.2f}" for cost in costs),
         f"{error:.0e}",
-        *(f"{faster[runtime]:.2f}" if runtime in faster else "-" for runtime in ("eager", *RUNTIMES)),
+        *(f"{faster[runtime]:.2f}" if runtime in faster else "-" for runtime in RUNTIMES),
         f"{seconds:.2f}",
         f"{ratio:.2f} {baseline}" if baseline else "-",
     ]
@@ -131,47 +128,16 @@ def prepared(name: str) -> tuple[nn.Module, Tensor]:
 
 def speedups(before: nn.Module, after: nn.Module, images: Tensor, repeats: int) -> dict[str, float]:
     """Time before over time after, in each runtime, all of them taking turns."""
-    runs: dict[str, tuple[Run, Run]] = {"eager": (before, after)}
-    with tempfile.TemporaryDirectory() as folder:
+    usable = [runtime for runtime in RUNTIMES if runtime in usable_runtimes()]
+    with opened({"before": before, "after": after}, images) as runs_in:
         try:
-            files = [written(model, Path(folder) / f"{i}.onnx", images) for i, model in enumerate((before, after))]
-        except (torch.onnx.OnnxExporterError, ModuleNotFoundError) as error:
+            runs = {runtime: runs_in(runtime) for runtime in usable}
+        except torch.onnx.OnnxExporterError as error:
             print(f"no ONNX file: {str(error).partition(chr(10))[0]}", file=sys.stderr)
-            files = []
-        for name, session in RUNTIMES.items() if files else ():
-            if importlib.util.find_spec(name) is not None:
-                runs[name] = session(files[0]), session(files[1])
-        times = latency_ms(
-            {f"{name}{i}": pair[i] for name, pair in runs.items() for i in (0, 1)}, images, repeats=repeats
-        )
-    return {name: times[f"{name}0"] / times[f"{name}1"] for name in runs}
-
-
-def written(model: nn.Module, path: Path, images: Tensor) -> Path:
-    program = torch.onnx.export(model, (images,), dynamo=True, input_names=["images"], verbose=False)
-    assert program is not None
-    program.save(path)
-    return path
-
-
-def onnxruntime_session(path: Path) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"images": images.numpy()})
-
-
-def openvino_session(path: Path) -> Run:
-    import openvino  # pyright: ignore[reportMissingImports]  # an extra
-
-    settings = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
-    model: Any = openvino.compile_model(path, "CPU", settings)
-    return lambda images: model(images.numpy())
-
-
-RUNTIMES: Mapping[str, Callable[[Path], Run]] = {"onnxruntime": onnxruntime_session, "openvino": openvino_session}
+            runs = {"eager": runs_in("eager")}
+        sides = {f"{runtime} {side}": run for runtime, pair in runs.items() for side, run in pair.items()}
+        times = latency_ms(sides, images, repeats=repeats)
+    return {runtime: times[f"{runtime} before"] / times[f"{runtime} after"] for runtime in runs}
 
 
 def speed(names: Sequence[str], repeats: int) -> None:

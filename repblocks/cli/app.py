@@ -11,6 +11,9 @@ from repblocks.cli import deploying, measuring, models, running
 from repblocks.errors import RepblocksError
 from repblocks.terminal import show_error
 
+FULL_ERROR = "REPBLOCKS_FULL_ERROR"
+"""Set in the environment, it makes commands show tracebacks."""
+
 app = typer.Typer(
     name="repblocks",
     help="Train networks with parallel branches, collapse them exactly, and ship the plain networks they equal.",
@@ -24,7 +27,7 @@ for commands in (models, running, deploying, measuring):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit: with 0 on success only, with one readable block for errors raised on purpose.
+    """Run a command and exit: with 0 on success only, with one readable block for an error.
 
     Args:
         arguments: Those of the process by default.
@@ -35,10 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     try:
         app(args=None if arguments is None else list(arguments), standalone_mode=True)
-    except RepblocksError as error:
-        if os.environ.get("REPBLOCKS_FULL_ERROR"):
+    except Exception as error:  # whatever it is, users of a command get it in one block
+        if os.environ.get(FULL_ERROR):
             raise
-        show_error(error)
+        hint = "" if isinstance(error, RepblocksError | OSError) else f"\n\n{FULL_ERROR}=1 shows where it came from"
+        show_error(error, f"{error}{hint}")
         sys.exit(1)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")

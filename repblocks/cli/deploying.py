@@ -9,9 +9,12 @@ import typer
 from rich.console import Group
 from torch import nn
 
-from repblocks.blocks.base import deployed
-from repblocks.cli.output import AsJson, pairs, progress, show, table
-from repblocks.cli.sources import model_from, random_images, size_of
+from repblocks.cli.output import AsJson, pairs, progress, show, table, working
+from repblocks.cli.sources import Size, Source, model_from, random_images, size_of
+from repblocks.deploy_form import deploy_form_of
+from repblocks.expansion.contract import contract
+from repblocks.expansion.recipe import recipe_of
+from repblocks.export import USUAL_FORMATS, load_deploy
 from repblocks.names import known_name
 
 Sizes = Annotated[bool, typer.Option("--dynamic-size", help="Graphs take images of any size.")]
@@ -29,10 +32,13 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, a run folder, a name, or module:function.")],
+    checkpoint: Source,
     overrides: Data = None,
     out: Annotated[Path, typer.Option("--out", help="The deploy folder.")] = Path("deploy"),
-    formats: Annotated[str, typer.Option("--format", help="Separated by commas.")] = "safetensors,onnx",
+    formats: Annotated[
+        str | None, typer.Option("--format", help="Separated by commas; safetensors,onnx, or what the model allows.")
+    ] = None,
+    size: Size = None,
     dynamic_size: Sizes = False,
     pixels: Pixels = "normalized",
     opset: Annotated[int | None, typer.Option("--opset", help="Of ONNX; the exporter's own by default.")] = None,
@@ -44,26 +50,40 @@ def export(
     """Collapse, write deploy files, and prove each of them equal in its own runtime."""
     from repblocks.export import export as write
 
-    model = model_from(checkpoint)
-    data = _data(model, overrides or []) if overrides or int8 else None
-    report = write(
-        model,
-        out,
-        formats=formats.split(","),
-        inputs=random_images(8, size_of(model)) if data is None else data.test_images(64),
-        sizes="dynamic" if dynamic_size else "fixed",
-        pixels=cast("Any", pixels),
-        opset=opset,
-        source=checkpoint if Path(checkpoint).is_file() else None,
-    )
+    with working("exporting", as_json=as_json):
+        model = model_from(checkpoint)
+        data = _data(model, overrides or []) if overrides or int8 else None
+        images = random_images(8, size_of(model, size)) if data is None else data.test_images(64)
+        report = write(
+            contract(model) if recipe_of(model) else model,
+            out,
+            formats=_usual(model) if formats is None else formats.split(","),
+            inputs=images,
+            sizes="dynamic" if dynamic_size else "fixed",
+            pixels=cast("Any", pixels),
+            opset=opset,
+            source=_weights_file(checkpoint),
+        )
     files = {
         name: {"file": str(path), "equivalence": report.equivalence[name].to_dict()}
         for name, path in report.files.items()
     }
-    quantized = _quantized(model, data, out, preparation, max_drop) if int8 else None
+    with working("quantizing", as_json=as_json):
+        quantized = _quantized(model, data, out, preparation, max_drop) if int8 else None
     result = {"manifest": str(report.manifest), "files": files, "float16": report.half_range.to_dict()}
     text = partial(_said, files, str(report.half_range), quantized)
     show({**result, "int8": quantized and quantized.to_dict()}, text, as_json=as_json)
+
+
+def _usual(model: nn.Module) -> tuple[str, ...]:
+    """Formats for whom nothing chooses: a model of the user's has no name under which weights could be loaded."""
+    return USUAL_FORMATS if "model_name" in vars(model) else ("onnx", "pt2")
+
+
+def _weights_file(source: str) -> Path | None:
+    """The file whose hash ``deploy.json`` notes; None for a name or a function."""
+    places = [source, source.partition("@")[2], f"{source}/checkpoints/best.ckpt", f"{source}/model.safetensors"]
+    return next((Path(place) for place in places if Path(place).is_file()), None)
 
 
 def _said(files: dict[str, Any], half: str, quantized: Any) -> Any:
@@ -81,16 +101,19 @@ def _quantized(model: nn.Module, data: Any, folder: Path, preparation: str, max_
 
     known_name("preparation", preparation, [*PREPARATIONS, "best"])
     images = [images for images, *_ in data.val_dataloader()]
-    plain = deployed(model)
+    plain = deploy_form_of(model, images[0]).model
     best = preparation == "best"
     candidate = best_prepared(plain, images).model if best else prepared(plain, images, cast("Any", preparation))
     return quantize(candidate, images, folder, reference=plain, labelled=data.test_dataloader(), max_drop=max_drop)
 
 
 def _data(model: nn.Module, overrides: Sequence[str]) -> Any:
-    from repblocks.training.validation import data_for
+    """The data, from which the model also learns the names of its classes, where it knew none."""
+    from repblocks.training.validation import completed, data_for
 
-    return data_for(model, overrides)
+    data = data_for(model, overrides)
+    completed(model, data)
+    return data
 
 
 def predict(
@@ -101,9 +124,8 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Name the most probable classes of images, from a deploy folder alone."""
-    from repblocks.export import load_deploy
-
-    model = load_deploy(deploy, runtime=runtime)
+    with working("opening", as_json=as_json):
+        model = load_deploy(deploy, runtime=runtime)
     found = [model.predict([path], top=top)[0] for path in progress(images, "predicting", as_json=as_json)]
     result = {str(path): [each.to_dict() for each in best] for path, best in zip(images, found, strict=True)}
     lines = {str(path): ", ".join(map(str, best)) for path, best in zip(images, found, strict=True)}

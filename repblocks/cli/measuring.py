@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from repblocks.cli.output import AsJson, progress, show, table
-from repblocks.cli.sources import Size, model_from, parsed_size, random_images, size_of
+from repblocks.cli.sources import Size, Source, model_from, parsed_size, random_images, size_of
 
 
 def register(app: typer.Typer) -> None:
@@ -59,7 +59,7 @@ def _number(value: float | None) -> str:
 
 
 def report(
-    source: Annotated[str, typer.Argument(help="A run folder, a checkpoint, a name, or module:function.")],
+    source: Source,
     out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
     figures: Annotated[Path | None, typer.Option("--figures", help="PNG and SVG of each figure go here.")] = None,
     size: Size = None,

@@ -1,21 +1,37 @@
 """Commands about models: what there is, what they are made of, what collapses, what is equal."""
 
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from rich.text import Text
 from rich.tree import Tree
 from torch import nn
 
 from repblocks.blocks.base import RepBlock, RepConv, deployed, form_of
 from repblocks.checkpoint import save
-from repblocks.cli.output import AsJson, progress, show, table
-from repblocks.cli.sources import Size, arguments_from, model_from, random_images, size_of, weights_in
-from repblocks.errors import FoldError
+from repblocks.cli.output import AsJson, progress, show, table, working
+from repblocks.cli.sources import (
+    Size,
+    Source,
+    arguments_from,
+    model_from,
+    program_from,
+    random_images,
+    size_of,
+    weights_in,
+)
 from repblocks.fusion import fold
+from repblocks.graph import CollapseReport
+from repblocks.graph import collapse as collapse_graph
 from repblocks.models.registry import create_model, list_models
 from repblocks.profiling import profile
+from repblocks.report.anatomy import anatomy
+from repblocks.report.blocks import blocks_in_train_form
+from repblocks.report.kernels import in_words
 
 
 def register(app: typer.Typer) -> None:
@@ -50,65 +66,67 @@ def _cost_row(row: dict[str, Any]) -> list[str]:
 
 
 def describe(
-    model: Annotated[str, typer.Argument(help="A name, a checkpoint, a folder, or module:function.")],
+    model: Source,
     as_json: AsJson = False,
 ) -> None:
     """Show a model's blocks, their branches, and what each folds into."""
-    network = model_from(model)
-    blocks = {name: module for name, module in network.named_modules() if isinstance(module, RepConv)}
-    rows = {name: _described(block) for name, block in blocks.items()}
-    costs = profile(network, size_of(network)).to_dict()
-    result = {"model": type(network).__name__, "form": form_of(network), **costs, "blocks": rows}
-    show(result, lambda: _tree(result), as_json=as_json)
+    with working("reading", as_json=as_json):
+        network = model_from(model)
+        size = size_of(network)
+        costs = profile(network, size).to_dict()
+        blocks = {name: _described(block, new) for name, block, new in blocks_in_train_form(network)}
+        found = None if blocks else collapse_graph(network, random_images(2, size)).report
+    result = {"model": type(network).__name__, "form": form_of(network), **costs, "blocks": blocks}
+    regions = [] if found is None else [asdict(region) for region in found.regions]
+    show({**result, "regions": regions}, lambda: _tree(result, found), as_json=as_json)
 
 
-def _described(block: RepConv) -> dict[str, Any]:
-    if block.form == "deploy":
-        return {"kind": type(block).__name__, "branches": {}, "folds_into": str(block.conv)}
-    branches = {name: _line(branch) for name, branch in block.branches.named_children()}
-    return {"kind": type(block).__name__, "branches": branches, "folds_into": _value(block)}
+def _described(block: RepBlock, new: Mapping[str, nn.Module]) -> dict[str, Any]:
+    parts = anatomy(block)
+    channels = block.in_channels if isinstance(block, RepConv) else None
+    return {
+        "kind": type(block).__name__,
+        "before": parts.before,
+        "branches": {branch.name: branch.layers for branch in parts.branches},
+        "joined": parts.joined,
+        "after": parts.after,
+        "folds_into": {child: in_words(fold(module, channels).promote(2)) for child, module in new.items()},
+    }
 
 
-def _line(branch: nn.Module) -> str:
-    layers = [module for module in branch.modules() if not list(module.children())]
-    return " - ".join(type(layer).__name__ if not hasattr(layer, "weight") else _layer(layer) for layer in layers)
-
-
-def _layer(layer: nn.Module) -> str:
-    kernel = vars(layer).get("kernel_size")
-    return f"{type(layer).__name__}{'x'.join(map(str, kernel)) if kernel else ''}"
-
-
-def _value(block: RepConv) -> str:
-    try:
-        return str(fold(block))
-    except FoldError as error:
-        return f"does not fold: {error}"
-
-
-def _tree(result: dict[str, Any]) -> Tree:
+def _tree(result: dict[str, Any], found: CollapseReport | None) -> Tree:
     head = f"{result['model']}, {result['form']} form, {result['params']:,} params, {result['macs']:,} MACs"
-    tree = Tree(head)
+    tree = Tree(Text(head))
     for name, block in result["blocks"].items():
-        node = tree.add(f"{name}: {block['kind']} -> {block['folds_into']}")
-        for branch, line in block["branches"].items():
-            node.add(f"{branch}: {line}")
+        node = tree.add(Text(f"{name or 'model'}: {block['kind']} = {'; '.join(block['folds_into'].values())}"))
+        for branch, layers in block["branches"].items():
+            node.add(Text(f"{branch}: {_chain(layers) or 'identity'}"))
+        for place in ("before", "after"):
+            if block[place]:
+                node.add(Text(f"{place} the branches: {_chain(block[place])}"))
+    if found is not None:
+        merged = tree.add(Text(f"no block of repblocks; collapse merges {len(found.regions)} regions of its graph"))
+        for region in found.regions:
+            merged.add(Text(f"{', '.join(region.modules)} = {region.result}"))
     return tree
 
 
+def _chain(layers: Iterable[str]) -> str:
+    return " - ".join(layers)
+
+
 def collapse(
-    model: Annotated[str, typer.Argument(help="A name, a checkpoint, a folder, or module:function.")],
+    model: Source,
     out: Annotated[Path | None, typer.Option("--out", help="Write the collapsed weights here.")] = None,
     size: Size = None,
     as_json: AsJson = False,
 ) -> None:
     """Collapse any model by its graph, and say what was merged and what was left."""
-    from repblocks.graph import collapse as collapse_graph
-
-    network = model_from(model)
-    small, report = collapse_graph(network, random_images(2, size_of(network, size)))
-    if out is not None:
-        _write(small, out)
+    with working("collapsing", as_json=as_json):
+        network = model_from(model)
+        small, report = collapse_graph(network, random_images(2, size_of(network, size)))
+        if out is not None:
+            _write(small, out)
     show({**report.to_dict(), "written": out and str(out)}, lambda: str(report), as_json=as_json)
 
 
@@ -126,8 +144,8 @@ def _write(model: nn.Module, path: Path) -> None:
 
 
 def verify(
-    reference: Annotated[str, typer.Argument(help="A name, a checkpoint, a folder, or module:function.")],
-    candidate: Annotated[str, typer.Argument(help="What should compute the same.")],
+    reference: Source,
+    candidate: Annotated[str, typer.Argument(help="What should compute the same; a deploy graph (.onnx, ...) too.")],
     size: Size = None,
     count: Annotated[int, typer.Option("--count", help="Random images to compare on.")] = 16,
     as_json: AsJson = False,
@@ -135,8 +153,9 @@ def verify(
     """Compare two models on the same images; exit code 1 where they differ."""
     from repblocks.verification import verify as compare
 
-    first, second = model_from(reference), model_from(candidate)
-    report = compare(first, second, random_images(count, size_of(first, size)))
+    with working("comparing", as_json=as_json):
+        first, second = model_from(reference), program_from(candidate)
+        report = compare(first, second, random_images(count, size_of(first, size)))
     show(report.to_dict(), lambda: str(report), as_json=as_json)
     report.raise_if_different(candidate)
 
@@ -156,9 +175,10 @@ def convert(
     from repblocks.convert import convert as rename
     from repblocks.files import replacing
 
-    given = weights_in(weights)
-    renamed = rename(given, model=model, source=source, target=target, **arguments_from(arg))
-    with replacing(out) as temporary:
-        save_file({name: value.clone().contiguous() for name, value in renamed.items()}, temporary)
+    with working("renaming", as_json=as_json):
+        given = weights_in(weights)
+        renamed = rename(given, model=model, source=source, target=target, **arguments_from(arg))
+        with replacing(out) as temporary:
+            save_file({name: value.clone().contiguous() for name, value in renamed.items()}, temporary)
     result = {"weights": str(weights), "written": str(out), "tensors": len(renamed)}
     show(result, lambda: f"{len(renamed)} tensors written to {out}", as_json=as_json)

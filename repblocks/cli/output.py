@@ -1,12 +1,13 @@
 """What a command prints: a table for people, or JSON for programs."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, track
 from rich.table import Table
 
 Item = TypeVar("Item")
@@ -37,6 +38,17 @@ def progress(items: Sequence[Item], what: str, *, as_json: bool) -> Iterable[Ite
     """Go through items with a bar on stderr, where somebody looks at it."""
     console = Console(stderr=True)
     return track(items, what, console=console, transient=True, disable=as_json or not console.is_terminal)
+
+
+@contextmanager
+def working(what: str, *, as_json: bool) -> Generator[None]:
+    """Show on stderr, where somebody looks at it, that something is going on whose length nobody knows."""
+    console = Console(stderr=True)
+    hidden = as_json or not console.is_terminal
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        bar.add_task(what, total=None)
+        yield
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:

@@ -1,12 +1,13 @@
 """Commands that run data through models: training and validation."""
 
 import sys
-from pathlib import Path
+from contextlib import redirect_stdout
 from typing import Annotated, Any
 
 import typer
 
 from repblocks.cli.output import AsJson, show
+from repblocks.cli.sources import Source, model_from
 
 
 def register(app: typer.Typer) -> None:
@@ -17,15 +18,30 @@ def register(app: typer.Typer) -> None:
 
 
 def train(context: typer.Context) -> None:
-    """Train, collapse, verify and export: what train.py does, with Hydra's arguments (repblocks train --help)."""
-    from repblocks.training.entry import main
+    """Train, collapse, verify and export: what train.py does, with Hydra's arguments (repblocks train --help).
 
-    sys.argv = ["repblocks train", *context.args]
-    main()
+    With --json the summaries of the runs (several with --multirun) are printed, and all else goes to stderr.
+    """
+    from repblocks.training.entry import main, summary_of, validation_error
+
+    sys.argv = ["repblocks train", *(argument for argument in context.args if argument != "--json")]
+    if "--json" not in context.args:
+        main()
+        return
+    summaries: list[dict[str, Any]] = []
+
+    def task(config: Any) -> float | None:
+        summary = summary_of(config)
+        summaries.extend([] if summary is None else [summary.to_dict()])
+        return validation_error(summary)
+
+    with redirect_stdout(sys.stderr):
+        main(task)
+    show(summaries, str, as_json=True)
 
 
 def validate(
-    checkpoint: Annotated[Path, typer.Argument(help="A .ckpt of train.py, or a .safetensors of rb.save or rb.export.")],
+    checkpoint: Source,
     overrides: Annotated[list[str] | None, typer.Argument(help="The data group's values: data=digits ...")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -34,5 +50,6 @@ def validate(
     from repblocks.training.validation import validate as measured
 
     quiet_lightning()
-    summary: Any = measured(checkpoint, overrides or [])
+    with redirect_stdout(sys.stderr):  # progress bars
+        summary: Any = measured(model_from(checkpoint), overrides or [])
     show(summary.to_dict(), lambda: summary_table(summary), as_json=as_json)

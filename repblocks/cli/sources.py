@@ -7,13 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import timm
 import torch
 import typer
 from torch import Tensor, nn
 
-from repblocks.checkpoint import load
+from repblocks.checkpoint import load, load_weights
 from repblocks.errors import CheckpointError, ConfigurationError
+from repblocks.export import load_deploy, manifest
 from repblocks.models.registry import create_model
+
+Source = Annotated[
+    str, typer.Argument(help="A checkpoint, a run or deploy folder, a name, NAME@WEIGHTS, or module:function.")
+]
+"""What `model_from` understands."""
 
 Size = Annotated[str | None, typer.Option("--size", help="Of images, such as 3x224x224; the model's own by default.")]
 """The option for models that do not say the size of their images, or take others."""
@@ -27,19 +34,77 @@ def model_from(source: str) -> nn.Module:
 
     Args:
         source: A checkpoint of train.py (``.ckpt``), a file of ``rb.save`` or ``rb.export`` (``.safetensors``), a run
-            or deploy folder, ``module:function`` whose call gives a module, or a name in timm's registry, whose weights
-            are random unless it has a tag such as ``repvgg_a0.rvgg_in1k``.
+            or deploy folder, ``module:function`` whose call gives a module, a name in timm's registry, whose weights
+            are random unless it has a tag such as ``repvgg_a0.rvgg_in1k``, or ``name@file`` with weights of one's own.
 
     Raises:
-        CheckpointError: A file that is missing, damaged or foreign.
+        CheckpointError: A file that is missing, damaged or foreign, or weights of another model.
         ConfigurationError: An unknown name, or a function that cannot be called or gives something else.
     """
     path = Path(source)
+    name, at, weights = source.partition("@")
+    if at and not path.exists():
+        return _from_weights(name, Path(weights)).eval()
     if path.suffix in (".ckpt", ".safetensors") or path.is_dir():
         return _from_path(path).eval()
     if ":" in source and not source.startswith("hf"):
         return _from_function(*source.split(":", 1)).eval()
     return create_model(source, pretrained="." in source).eval()
+
+
+def program_from(source: str) -> Any:
+    """What executes a source: the runtime of a deploy graph (``.onnx``, ``.pt2``, ``.xml``, ``.pte``), or a model.
+
+    A graph in a deploy folder is only opened if it is the one that was exported, and takes normalised images.
+
+    Raises:
+        CheckpointError: As `model_from`; or the graph is damaged, or not the one that was exported.
+        ConfigurationError: As `model_from`; or its runtime is not installed, or it takes pixels.
+    """
+    from repblocks.export.formats import FORMATS, require_packages
+
+    path = Path(source)
+    graphs = {Path(format.filename).suffix: name for name, format in FORMATS.items() if format.holds == "graph"}
+    if path.suffix not in graphs:
+        return model_from(source)
+    if (path.parent / manifest.NAME).is_file() and (found := _described(path)) is not None:
+        return found
+    name = graphs[path.suffix]
+    require_packages(name, FORMATS[name])
+    return FORMATS[name].open(path, *(path.with_suffix(Path(beside).suffix) for beside in FORMATS[name].beside))
+
+
+def _described(path: Path) -> Any:
+    """The graph as its deploy folder describes it; None for a file that the folder does not name."""
+    files = manifest.files_in(path.parent, manifest.read(path.parent))
+    for name, file in files.items():
+        if file.paths[0].name == path.name:
+            if file.pixels != "normalized":
+                raise ConfigurationError(
+                    f"{path} takes pixels ({file.pixels}), and models are compared on normalised images; compare "
+                    'what repblocks.export(..., pixels="normalized") writes'
+                )
+            return load_deploy(path.parent, runtime=name)
+    return None
+
+
+def _from_weights(name: str, path: Path) -> nn.Module:
+    weights = weights_in(path)
+    model = create_model(name, **_arguments_of(name, weights))
+    try:
+        load_weights(model, weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} does not fit {name}: {error}") from error
+    return model
+
+
+def _arguments_of(name: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The number of classes and of input channels, by the layers that timm calls classifier and first convolution."""
+    with torch.device("meta"):
+        config: Mapping[str, Any] = vars(create_model(name)).get("pretrained_cfg") or {}
+    places = {"num_classes": ("classifier", 0), "in_chans": ("first_conv", 1)}
+    found = {key: (weights.get(f"{config.get(layer)}.weight"), axis) for key, (layer, axis) in places.items()}
+    return {key: weight.shape[axis] for key, (weight, axis) in found.items() if weight is not None}
 
 
 def _from_path(path: Path) -> nn.Module:
@@ -106,28 +171,18 @@ def random_images(count: int, size: tuple[int, int, int]) -> Tensor:
 
 
 def weights_in(path: Path) -> dict[str, Tensor]:
-    """The weights in a file of any library: safetensors, or torch's without pickled code.
+    """The weights in a file of any library: safetensors, or torch's without pickled code; of two, the averaged ones.
 
     Raises:
         CheckpointError: The file is missing or damaged, or holds no weights.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if path.suffix != ".safetensors":
-        from repblocks.training.checkpoints.files import read_checkpoint
-
-        return _state_dict(path, read_checkpoint(path))
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors ({error}); use another copy") from error
-
-
-def _state_dict(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
-    for key in ("state_dict", "model", "model_state_dict", "state_dict_ema"):
-        if isinstance(content.get(key), Mapping):
-            return _state_dict(path, content[key])
+        content = timm.models.load_state_dict(str(path))
+    except Exception as error:  # a damaged file can make an unpickler raise anything
+        raise CheckpointError(
+            f"{path.absolute()} cannot be read as weights ({error!r:.300}); needed is a safetensors file, or one of "
+            "torch.save with tensors and plain values alone, for other objects can run code"
+        ) from error
     weights = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if not weights:
         raise CheckpointError(f"{path} holds no weights by name; needed is a state dict, or one under 'state_dict'")

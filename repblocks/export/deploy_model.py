@@ -1,5 +1,6 @@
 """A deploy folder at work: images in, class names out, without any training code."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from repblocks.names import known_name
 
 #: Which of a folder's files to use where nobody chooses.
 PREFERRED = ("onnx", "openvino", "safetensors", "timm")
+#: Formats that are programs, which run whatever is in them.
+PROGRAMS = ("pt2", "executorch")
 
 _INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
 _MODES: Mapping[int, Mode] = {1: "L", 3: "RGB"}
@@ -119,7 +122,7 @@ class DeployModel:
         """One image as bytes ``[C, H, W]``, resized and cropped."""
         settings = self._preprocessing
         mode = _MODES[settings["input_size"][0]]
-        picture = in_mode(image, mode, f"image {place}") if isinstance(image, Image) else read_image(image, mode)
+        picture = _opened(image, mode, place) if isinstance(image, Image) else read_image(image, mode)
         shape = {key: settings[key] for key in ("interpolation", "crop_pct") if key in settings}
         return cast("Any", create_transform(settings["input_size"], normalize=False, **shape))(picture)
 
@@ -132,6 +135,16 @@ class DeployModel:
         if self.file.pixels == "unit":
             return unit.to(dtype)
         return normalize(unit, list(self._preprocessing["mean"]), list(self._preprocessing["std"])).to(dtype)
+
+
+def _opened(image: Image, mode: Mode, place: int) -> Image:
+    """An image of Pillow, which may not have read its file yet."""
+    name = f"image {place}"
+    try:
+        image.load()
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+        raise DataError(f"{name} cannot be decoded ({error}); repair or remove it") from error
+    return in_mode(image, mode, name)
 
 
 def load_deploy(folder: str | Path, *, runtime: str | None = None) -> DeployModel:
@@ -152,6 +165,7 @@ def load_deploy(folder: str | Path, *, runtime: str | None = None) -> DeployMode
     about = read(folder)
     files = files_in(folder, about)
     file = files[_chosen(folder, files, runtime)]
+    _require_no_hidden_program(file)
     format = FORMATS[file.format]
     require_packages(file.name, format)
     file.require_unchanged()
@@ -175,6 +189,15 @@ def _chosen(folder: Path, files: Mapping[str, DeployFile], runtime: str | None) 
     return usable[0]
 
 
+def _require_no_hidden_program(file: DeployFile) -> None:
+    """Who asks for a format that is no program must not get one."""
+    if file.format in PROGRAMS and not file.name.startswith(file.format):
+        raise CheckpointError(
+            f"the deploy.json beside {file.paths[0]} calls a {file.format} program {file.name!r}, which hides that it "
+            f"is one; if you trust it, rename the entry to '{file.format}-{file.name}' and ask for that"
+        )
+
+
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) or "no files"
 
@@ -187,7 +210,7 @@ def _checked(file: DeployFile, preprocessing: Mapping[str, Any]) -> dict[str, An
         ConfigurationError: The images that the model takes are no pictures.
     """
     size = preprocessing.get("input_size")
-    if not isinstance(size, list) or [type(side) for side in cast("list[Any]", size)] != [int] * 3:
+    if not _is_size(size):
         raise CheckpointError(
             f"the deploy.json beside {file.paths[0]} says preprocessing.input_size={size!r:.80}, needed are channels, "
             "height and width; export a model whose pretrained_cfg has them"
@@ -200,7 +223,7 @@ def _checked(file: DeployFile, preprocessing: Mapping[str, Any]) -> dict[str, An
         )
     valid = {
         "mean": _is_per_channel(preprocessing.get("mean"), channels) or file.pixels != "normalized",
-        "std": _is_per_channel(preprocessing.get("std"), channels) or file.pixels != "normalized",
+        "std": _is_per_channel(preprocessing.get("std"), channels, above=0) or file.pixels != "normalized",
         "interpolation": preprocessing.get("interpolation", "bilinear") in _INTERPOLATIONS,
         "crop_pct": _is_fraction(preprocessing.get("crop_pct", 1.0)),
     }
@@ -212,9 +235,16 @@ def _checked(file: DeployFile, preprocessing: Mapping[str, Any]) -> dict[str, An
     return {**preprocessing, "input_size": tuple(cast("list[int]", size))}
 
 
-def _is_per_channel(values: Any, channels: int) -> bool:
+def _is_size(size: Any) -> bool:
+    sides = cast("list[Any]", size if isinstance(size, list) else [])
+    return len(sides) == 3 and all(type(side) is int and side > 0 for side in sides)
+
+
+def _is_per_channel(values: Any, channels: int, above: float = -math.inf) -> bool:
     numbers = cast("list[Any]", values if isinstance(values, list) else [])
-    return len(numbers) == channels and all(isinstance(number, int | float) for number in numbers)
+    return len(numbers) == channels and all(
+        isinstance(number, int | float) and above < number < math.inf for number in numbers
+    )
 
 
 def _is_fraction(value: Any) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from repblocks.blocks.base import deployed
+from repblocks.deploy_form import deploy_form_of
 from repblocks.errors import CheckpointError
 from repblocks.export import manifest
 from repblocks.export.comparing import Pair, batch_sizes, batches_for, compare, image_sizes
@@ -52,6 +53,9 @@ def export(
     source: str | Path | None = None,
 ) -> ExportReport:
     """Write the deploy form of a model, and ``deploy.json`` that describes the files.
+
+    Graphs hold what `repblocks.collapse` makes of layers that are no blocks of ours, too; files of weights keep those,
+    for they have to fit the class that loads them.
 
     Every file is written under a temporary name, executed in its own runtime and compared with the model as given, in
     several batch sizes. Only when all of them agree do they get their names; otherwise the folder stays as it was.
@@ -97,12 +101,13 @@ class _Export:
         self.batches = batches_for(reference, inputs, sizes)
         self.pair = Pair(reference=reference, deploy=deployed(reference))
         compare("the deploy form", self.pair, self.pair.deploy, self.batches, reference=reference)
+        self.plain = deploy_form_of(self.pair.deploy, self.batches[0][:1]).model
         self.reference_of_pixels = taking(reference, pixels, config)
         self.pixels = [denormalized(images, pixels, config) for images in self.batches]
         self.job = Job(
             reference=reference,
             deploy=self.pair.deploy,
-            graph=taking(self.pair.deploy, pixels, config),
+            graph=taking(self.plain, pixels, config),
             images=self.pixels[0],
             pixels=pixels,
             sizes=sizes,
@@ -118,7 +123,7 @@ class _Export:
         """All files, or none."""
         entries: dict[str, dict[str, Any]] = {}
         equivalence: dict[str, EquivalenceReport] = {}
-        in_half = half_range(self.job.deploy, self.batches)
+        in_half = half_range(self.plain, self.batches)
         earlier = _earlier_files(folder)
         with ExitStack() as files:  # closes in reverse: the manifest gets its name after the files it describes
             description = files.enter_context(replacing(folder / manifest.NAME))

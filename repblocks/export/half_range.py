@@ -21,7 +21,7 @@ class Extreme:
 
     Attributes:
         layer: Name of the module; ``""`` is the whole model.
-        kind: Whether it is one of the layer's own weights, or of its output.
+        kind: Whether it is one of the layer's own weights (or buffers, such as variances), or of its output.
         value: Absolute; infinite or NaN where the layer gives that already.
     """
 
@@ -79,7 +79,7 @@ def half_range(model: nn.Module, batches: Sequence[Tensor]) -> HalfRange:
     in_half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
     wide = copy.deepcopy(model).float() if in_half else model
     weights = [
-        Extreme(layer=name, kind="weight", value=_largest(list(module.parameters(recurse=False))))
+        Extreme(layer=name, kind="weight", value=_largest(list(_tensors(_own(module)))))
         for name, module in wide.named_modules()
     ]
     activations = _activations(wide, batches)
@@ -107,6 +107,11 @@ def _activations(model: nn.Module, batches: Sequence[Tensor]) -> list[Extreme]:
         for images in batches:
             model(images.float() if images.dtype == torch.float16 else images)
     return [Extreme(layer=name, kind="activation", value=value) for name, value in found.items()]
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    """What ``half()`` converts of a module itself: a BatchNorm's variance too."""
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

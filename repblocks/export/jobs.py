@@ -23,8 +23,9 @@ class Job:
 
     Attributes:
         reference: The model as it was given, in eval mode on the CPU.
-        deploy: Its deploy form, which takes normalised images.
-        graph: What graphs hold: the deploy form, or that with the normalisation of ``pixels`` in front.
+        deploy: Its deploy form, which takes normalised images and which files of weights hold.
+        graph: What graphs hold: that without the BatchNorms of layers that are no blocks, and with the normalisation of
+            ``pixels`` in front.
         images: An example of what the graph takes: ``[N, C, H, W]`` with N > 1.
         pixels: What the graph takes.
         sizes: Whether graphs take images of one size, or leave it open.

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -104,11 +105,44 @@ def add_file(
     Raises:
         CheckpointError: The folder has no readable ``deploy.json``, or that cannot be written.
     """
-    folder = Path(folder)
-    content = read(folder)
-    entry = {"format": format, "file": path.name, **fingerprint(path), "input": {"layout": "NCHW", "pixels": pixels}}
-    with replacing(folder / NAME) as temporary:
-        write(temporary, {**content, "files": {**content["files"], name: {**entry, **facts}}})
+    content = _with_file(read(Path(folder)), name, path, file=path.name, **_as_entry(format, pixels), **facts)
+    with replacing(Path(folder) / NAME) as temporary:
+        write(temporary, content)
+
+
+@contextmanager
+def adding(path: Path, name: str, *, format: str) -> Generator[tuple[Path, dict[str, Any]]]:
+    """Write one more file of a folder, and describe it in the ``deploy.json`` if there is one: both, or neither.
+
+    Args:
+        path: The file that the folder will have.
+        name: As for `add_file`.
+        format: As for `add_file`.
+
+    Yields:
+        A temporary name to write to, and a dictionary for what else to say of the file.
+
+    Raises:
+        CheckpointError: The ``deploy.json`` is not readable, or the file system refuses.
+    """
+    facts: dict[str, Any] = {}
+    content = read(path.parent) if (path.parent / NAME).is_file() else None
+    with ExitStack() as files:  # closes in reverse: the description gets its name after the file
+        description = None if content is None else files.enter_context(replacing(path.parent / NAME))
+        temporary = files.enter_context(replacing(path))
+        yield temporary, facts
+        if content is not None and description is not None:
+            entry = {"file": path.name, **_as_entry(format, "normalized"), **facts}
+            write(description, _with_file(content, name, temporary, **entry))
+
+
+def _as_entry(format: str, pixels: str) -> dict[str, Any]:
+    return {"format": format, "input": {"layout": "NCHW", "pixels": pixels}}
+
+
+def _with_file(content: Mapping[str, Any], name: str, path: Path, **entry: Any) -> dict[str, Any]:
+    """A description of one more file, which need not have its own name yet."""
+    return {**content, "files": {**content["files"], name: {**entry, **fingerprint(path)}}}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -161,8 +195,13 @@ def _checked(path: Path, content: dict[str, Any]) -> dict[str, Any]:
             f"{path} has version {written}, and this repblocks reads up to {DEPLOY_VERSION}; upgrade with "
             "pip install --upgrade repblocks"
         )
+    if "deploy_version" not in content and "files" in content:
+        raise CheckpointError(
+            f"{path} has no deploy_version: an older repblocks wrote it, and this one needs what it does not say; "
+            "export the model again"
+        )
     valid = {
-        "deploy_version": isinstance(written, int),
+        "deploy_version": isinstance(written, int) and written > 0,
         "classes": isinstance(content.get("classes"), list | None),
         "preprocessing": isinstance(content.get("preprocessing"), dict),
         "dtype": content.get("dtype") in _DTYPES,

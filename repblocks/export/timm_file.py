@@ -127,6 +127,8 @@ def _words(recipe: Mapping[str, Any]) -> str:
 
 def _recipe(path: Path) -> dict[str, Any]:
     try:
+        if path.suffix != ".safetensors":  # by which timm tells them from pickles
+            raise ValueError(f"its name ends in {path.suffix!r}, needed is '.safetensors'")
         with safe_open(path, framework="pt") as file:
             recipe = json.loads((file.metadata() or {})[_ENTRY])
         if recipe["form"] not in _FORMS:

@@ -154,7 +154,7 @@ def _remember(model: Model, name: str, kwargs: Mapping[str, Any]) -> Model:
 
 def carry(model: Model, facts: Mapping[str, Any]) -> Model:
     """Put facts (timm's names: ``input_size``, ``mean``, ``label_names``, ...) where timm and export look for them."""
-    config = {**vars(model)["pretrained_cfg"], **facts}
+    config = {**(vars(model).get("pretrained_cfg") or {}), **facts}
     vars(model).update(pretrained_cfg=config, default_cfg=config)
     return model
 

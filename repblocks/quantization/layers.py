@@ -36,6 +36,17 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), torch.float32)
 
 
+def require_float32(model: nn.Module) -> None:
+    """Check that ONNX Runtime's quantizer takes the weights.
+
+    Raises:
+        ConfigurationError: It does not.
+    """
+    others = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
+    if others:
+        raise ConfigurationError(f"got a model with weights in {others.pop()}; needed float32: quantize model.float()")
+
+
 def weighted_layers(model: nn.Module) -> dict[str, Layer]:
     """The convolutions and linear layers by name, but for those whose weights or code are not just their own."""
     found: dict[str, Layer] = {}
@@ -70,7 +81,8 @@ def with_weight(layer: Layer, weight: Tensor) -> Callable[[Tensor], Tensor]:
 
 def by_channel(layer: Layer, output: Tensor) -> Tensor:
     """``[out_channels, positions]`` of what a layer gave."""
-    return output.movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1)
+    channels = -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.ndim  # from the end: no batch axis is needed
+    return output.movedim(channels, 0).flatten(1)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from repblocks.quantization.batches import Batches, image_batches
 from repblocks.quantization.correction import bias_corrected
 from repblocks.quantization.equalization import equalized
 from repblocks.quantization.int8_file import write_int8
-from repblocks.quantization.layers import outputs
+from repblocks.quantization.layers import outputs, require_float32
 from repblocks.quantization.rounding import sqnr_db
 
 Prepare = Callable[[nn.Module, Batches], nn.Module]
@@ -88,8 +88,10 @@ def best_prepared(model: nn.Module, calibration: Batches) -> BestPrepared:
         calibration: Images ``[N, C, H, W]`` as at inference, in one tensor or in batches.
 
     Raises:
+        ConfigurationError: The model is not float32.
         DataError: The images are none, or no images.
     """
+    require_float32(model)
     batches = image_batches(calibration)
     expected = outputs(deployed(model).cpu(), batches)
     models = {how: prepare(model, batches) for how, prepare in PREPARATIONS.items()}

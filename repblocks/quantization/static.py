@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from repblocks.blocks.base import deployed
 from repblocks.errors import ConfigurationError, DataError, VerificationError
-from repblocks.export import FORMATS, add_file, check_formats
-from repblocks.export.manifest import NAME as MANIFEST
-from repblocks.files import replacing
+from repblocks.export import FORMATS, check_formats
+from repblocks.export.manifest import adding
 from repblocks.graph.collapse import Where, selected
 from repblocks.quantization.batches import Batches, image_batches, labelled_batches
 from repblocks.quantization.int8_file import METHODS, Calibration, write_int8
-from repblocks.quantization.layers import outputs, weighted_layers
+from repblocks.quantization.layers import outputs, require_float32, weighted_layers
 from repblocks.quantization.rounding import sqnr_db
 
 FILENAME = "model.int8.onnx"
@@ -122,27 +121,29 @@ def quantize(
 
     Raises:
         ConfigurationError: An unknown method, a ``max_drop`` that is no share, ``in_float`` that names no module, a
-            model that is not float32 or returns more than one tensor, or packages that are not installed.
+            model that is not float32 or returns something else than one tensor ``[N, classes, ...]``, or packages that
+            are not installed.
         DataError: There are no images, or labels are missing.
-        VerificationError: The accuracy drops by more than ``max_drop``, or the outputs are not finite; no file is
-            written, and one of before stays.
-        CheckpointError: The file cannot be written.
+        VerificationError: The accuracy drops by more than ``max_drop``, or the outputs of either model are not finite;
+            no file is written, and one of before stays.
+        CheckpointError: The file or its description cannot be written, or that of before cannot be read.
 
     Source: Krishnamoorthi 2018, https://arxiv.org/abs/1806.08342; the failure of plain RepVGG: Chu et al. 2022, "Make
         RepVGG Greater Again", https://arxiv.org/abs/2212.01593, table 1.
     """
     _check(method, max_drop, weight_bits)
     for each in (model, reference or model):
-        _require_float32(each)
+        require_float32(each)
     deploy = deployed(model).cpu()
     exact = deploy if reference is None else deployed(reference).cpu()
     batches = image_batches(calibration)
     kept = _kept_in_float(deploy, in_float)
     path = Path(folder) / FILENAME
-    with replacing(path) as temporary:
+    expected = _comparable(outputs(exact, batches))
+    with adding(path, KEY, format="onnx") as (temporary, facts):
         write_int8(deploy, batches, temporary, method=method, weight_bits=weight_bits, in_float=kept)
         run = FORMATS["onnx"].open(temporary)
-        expected, got = outputs(exact, batches), torch.cat([run(batch) for batch in batches])
+        got = torch.cat([run(batch) for batch in batches])
         measured = None if labelled is None else _accuracies({"float": exact, "int8": run}, labelled)
         report = QuantizationReport(
             path=path,
@@ -160,8 +161,7 @@ def quantize(
             versions=_versions(),
         )
         _require_accurate(report, got)
-    if (path.parent / MANIFEST).is_file():
-        add_file(path.parent, KEY, path, format="onnx", **_facts(report))
+        facts |= _facts(report)
     return report
 
 
@@ -200,6 +200,19 @@ def _scores(output: Any) -> Tensor:
     return output
 
 
+def _comparable(expected: Tensor) -> Tensor:
+    if expected.ndim < 2:
+        raise ConfigurationError(
+            f"the model gives {list(expected.shape)}; needed outputs [N, classes, ...], such as [N, 1] of a regression"
+        )
+    if not expected.isfinite().all():
+        raise VerificationError(
+            "the float model gives NaN or infinite outputs on the calibration images; look at its weights, and at what "
+            "preprocesses the images"
+        )
+    return expected
+
+
 def _same_class(expected: Tensor, got: Tensor) -> float:
     return (expected.argmax(1) == got.argmax(1)).double().mean().item()
 
@@ -234,9 +247,3 @@ def _check(method: str, max_drop: float, weight_bits: int) -> None:
     if weight_bits not in (7, 8):
         raise ConfigurationError(f"got weight_bits={weight_bits}; needed 8, or 7 for CPUs without VNNI")
     check_formats(["onnx"])
-
-
-def _require_float32(model: nn.Module) -> None:
-    others = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
-    if others:
-        raise ConfigurationError(f"got a model with weights in {others.pop()}; needed float32: quantize model.float()")

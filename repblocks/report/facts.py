@@ -6,21 +6,21 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from repblocks.blocks.base import RepBlock, deployed, form_of
+from repblocks.deploy_form import deploy_form_of
 from repblocks.errors import ConfigurationError
-from repblocks.expansion.contract import contract
-from repblocks.expansion.recipe import recipe_of
-from repblocks.graph import CollapseReport, collapse
+from repblocks.graph import CollapseReport
 from repblocks.profiling import latency_ms, profile
 from repblocks.quantization.ranges import RangeReport, range_report
 from repblocks.report.blocks import BlockFacts, Cost, blocks_in_train_form, deployed_kernels, measure_blocks
 from repblocks.report.kernels import KernelFacts
 from repblocks.report.progress import Track, untracked
+from repblocks.report.shortcuts import ShortcutFacts, measure_shortcuts
 from repblocks.report.sources import Run, Source, read_source
 from repblocks.verification import EquivalenceReport, verify
 
@@ -39,6 +39,7 @@ class Facts:
         deploy: Cost of the deploy form.
         equivalence: The two forms compared; None where there is one.
         blocks: The blocks of the library, in the model's order.
+        shortcuts: Whether those are better absorbed or kept; None for a model without a choice.
         collapsed: What `repblocks.collapse` did, for a model that has no such blocks; else None.
         kernels: The convolutions of the deploy form.
         ranges: What int8 would do to each layer of it.
@@ -52,6 +53,7 @@ class Facts:
     deploy: Cost
     equivalence: EquivalenceReport | None
     blocks: tuple[BlockFacts, ...]
+    shortcuts: ShortcutFacts | None
     collapsed: CollapseReport | None
     kernels: tuple[KernelFacts, ...]
     ranges: RangeReport
@@ -80,8 +82,9 @@ def gather(source: nn.Module | str | Path, *, inputs: Tensor | None = None, trac
 
 
 def _measured(read: Source, model: nn.Module, images: Tensor, track: Track) -> Facts:
+    channels, height, width = images.shape[1:]
     has_blocks = next(blocks_in_train_form(model), None) is not None
-    plain, collapsed = _deploy_form(model, images)
+    plain, collapsed = deploy_form_of(model, images)
     differs = has_blocks or (collapsed is not None and bool(collapsed.regions))
     forms = {"train": model, "deploy": plain} if differs else {"deploy": plain}
     costs = _costs(forms, images)
@@ -94,26 +97,13 @@ def _measured(read: Source, model: nn.Module, images: Tensor, track: Track) -> F
         deploy=costs["deploy"],
         equivalence=verify(model, plain, images) if differs else None,
         blocks=blocks,
+        shortcuts=measure_shortcuts(model, (channels, height, width), track=track),
         collapsed=collapsed,
         kernels=tuple(kernels),
         ranges=range_report(model if blocks else plain, images),
         run=read.run,
         environment=environment(),
     )
-
-
-def _deploy_form(model: nn.Module, images: Tensor) -> tuple[nn.Module, CollapseReport | None]:
-    """The model that ships; for one without blocks of ours, in either form, what `collapse` makes of it."""
-    if form_of(model) == "train":
-        return deployed(contract(model) if recipe_of(model) else model), None
-    if _is_ours(model):
-        return model, None
-    found = collapse(model, images)
-    return found.model, found.report
-
-
-def _is_ours(model: nn.Module) -> bool:
-    return any(isinstance(module, RepBlock) for module in model.modules())
 
 
 def _images(model: nn.Module, inputs: Tensor | None) -> Tensor:
@@ -136,7 +126,8 @@ def _costs(forms: Mapping[str, nn.Module], images: Tensor) -> dict[str, Cost]:
 
 def environment() -> dict[str, str]:
     """The machine and the versions that the numbers were measured with; no name that identifies the machine."""
-    packages = {name: version(name) for name in ("repblocks", "torch", "timm", "matplotlib")}
+    names = ("repblocks", "torch", "timm", "matplotlib", "onnxruntime", "openvino")
+    packages = {name: version(name) for name in names if find_spec(name) is not None}
     return {
         "python": platform.python_version(),
         **packages,

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from torch import Tensor, nn
 
+from repblocks.benchmark import TIE
 from repblocks.files import replacing
 from repblocks.report import texts
 from repblocks.report.facts import Facts, gather
@@ -76,6 +77,7 @@ def render(facts: Facts, *, track: Track = untracked) -> str:
         svg={picture.name: _inlined(picture) for picture in track(list(pictures(facts).values()), "drawing")},
         featured=featured(facts.blocks) if facts.blocks else None,
         kernels_shown=KERNELS_SHOWN,
+        tie=TIE,
         cards=texts.cards(facts),
         training=texts.training(facts),
         config=yaml.safe_dump(dict(facts.run.config), sort_keys=False) if facts.run.config else "",

@@ -80,6 +80,11 @@ def remark(file: Mapping[str, Any]) -> str:
     return ", ".join(found)
 
 
+def recommendation(row: Mapping[str, Any]) -> str:
+    """What to do with shortcuts in a runtime, by a row of `repblocks.benchmark.compare_shortcuts`."""
+    return "a tie: either" if row["faster"] == "tie" else f'shortcut="{row["faster"]}"'
+
+
 def _accuracy(forms: Mapping[str, Mapping[str, Any]]) -> Card:
     train, deploy = (forms[name]["test_accuracy"] for name in ("train", "deploy"))
     change = _signed(100 * (deploy - train), 2, " points")
@@ -160,6 +165,7 @@ FILTERS: dict[str, Callable[..., str]] = {
     "percent": percent,
     "ratio": ratio,
     "short": short,
+    "recommendation": recommendation,
     "remark": remark,
     "size": size,
 }

@@ -1,7 +1,5 @@
 """Accuracy of any model on any labelled images, in one process."""
 
-from typing import Any
-
 import torch
 from rich import get_console
 from rich.progress import track
@@ -31,15 +29,15 @@ def accuracy(model: nn.Module, loader: Loader, *, classes: int, what: str) -> fl
     return metric.compute().item()
 
 
-def require_fit(model: Any, data: ImageData) -> None:
-    """Check that a model can be evaluated on a dataset.
+def require_fit(model: nn.Module, data: ImageData) -> None:
+    """Check that a model can be evaluated on a dataset, as far as the model says what it takes and gives.
 
     Raises:
         DataError: Its number of classes, its class names or its input channels are not the data's.
     """
-    config = model.pretrained_cfg
-    classes, names = model.num_classes, config.get("label_names")
-    if classes != len(data.class_names):
+    facts = vars(model)
+    classes, names = facts.get("num_classes"), (facts.get("pretrained_cfg") or {}).get("label_names")
+    if classes not in (None, len(data.class_names)):
         raise DataError(
             f"the model has {classes} classes and data={data.config.name} has {len(data.class_names)}; choose the "
             "dataset it was trained on with data=..., and data.root=... where it has one"
@@ -50,8 +48,8 @@ def require_fit(model: Any, data: ImageData) -> None:
             f"the model's classes are not those of data={data.config.name}: it calls one {wrong[0]!r} where the data "
             f"says {wrong[1]!r}; choose the dataset it was trained on with data=..."
         )
-    channels = model.model_args.get("in_chans", 3)
-    if channels != data.preprocessing.input_size[0]:
+    channels = facts.get("model_args", {}).get("in_chans")
+    if channels not in (None, data.preprocessing.input_size[0]):
         raise DataError(
             f"the model takes images of {channels} channel(s), data={data.config.name} gives "
             f"{data.preprocessing.input_size[0]}; set data.in_chans={channels} if the dataset allows it"

@@ -1,8 +1,8 @@
-"""Test accuracy of a checkpoint, or of a file of repblocks, in every form it has."""
+"""Test accuracy of any model, in every form it has, on the data that overrides describe."""
 
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -10,36 +10,43 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from repblocks.blocks.base import deployed, form_of
-from repblocks.checkpoint import load
+from repblocks.blocks.base import form_of
+from repblocks.deploy_form import deploy_form_of
 from repblocks.errors import ConfigurationError
-from repblocks.training.checkpoints.restore import model_from_checkpoint
+from repblocks.models.registry import carry
 from repblocks.training.data import DataConfig, ImageData
 from repblocks.training.entry import configs
 from repblocks.training.evaluation import require_fit
-from repblocks.training.expansion import contracted
 from repblocks.training.pipeline import VERIFIED_IMAGES
 from repblocks.training.summary import Summary, measure
 from repblocks.verification import verify
 
 
-def validate(path: Path, overrides: Sequence[str] = ()) -> Summary:
-    """Measure the model in ``path`` on the test images of the data that the overrides describe.
+def validate(model: nn.Module, overrides: Sequence[str] = ()) -> Summary:
+    """Measure a model on the test images of the data that the overrides describe.
 
     Size and normalisation of the images are the model's own unless an override says otherwise.
+
+    Args:
+        model: In eval mode; it is not changed.
+        overrides: ``data=NAME`` and ``data.KEY=VALUE``, as for train.py.
+
+    Raises:
+        ConfigurationError: An override that is not about the data.
+        DataError: Data of other classes or channels than the model's.
     """
-    model: Any = load(path) if path.suffix == ".safetensors" else model_from_checkpoint(path)
     data = data_for(model, overrides)
-    forms: dict[str, nn.Module] = {form_of(model): model.eval()}
-    report = None
-    if "train" in forms:
-        forms["deploy"] = deployed(contracted(model))
-        report = verify(model, forms["deploy"], data.test_images(VERIFIED_IMAGES))
-    return Summary(model=model.model_name, data=data.config.name, forms=measure(forms, data), equivalence=report)
+    images = data.test_images(VERIFIED_IMAGES)
+    plain, collapsed = deploy_form_of(model, images[:1])
+    differs = form_of(model) == "train" or bool(collapsed and collapsed.regions)
+    forms = {"train": model, "deploy": plain} if differs else {"deploy": plain}
+    report = verify(model, plain, images) if differs else None
+    name = str(vars(model).get("model_name") or type(model).__name__)
+    return Summary(model=name, data=data.config.name, forms=measure(forms, data), equivalence=report)
 
 
-def data_for(model: Any, overrides: Sequence[str]) -> ImageData:
-    """The data that overrides describe, in the model's own preprocessing.
+def data_for(model: nn.Module, overrides: Sequence[str]) -> ImageData:
+    """The data that overrides describe, in the model's own preprocessing, where it has one.
 
     Raises:
         ConfigurationError: An override that is not about the data.
@@ -50,11 +57,19 @@ def data_for(model: Any, overrides: Sequence[str]) -> ImageData:
     return data
 
 
-def preprocessing(model: Any) -> list[str]:
-    """The model's own preprocessing as overrides."""
-    config = model.pretrained_cfg
+def completed(model: nn.Module, data: ImageData) -> nn.Module:
+    """The model, with what its data says and it does not: preprocessing and class names."""
+    facts = {**asdict(data.preprocessing), "label_names": list(data.class_names)}
+    return carry(model, {key: value for key, value in facts.items() if not _config(model).get(key)})
+
+
+def preprocessing(model: nn.Module) -> list[str]:
+    """The model's own preprocessing as overrides; none for a model that does not say."""
+    config = _config(model)
+    if not config:
+        return []
     values = {
-        "in_chans": model.model_args["in_chans"],
+        "in_chans": vars(model)["model_args"]["in_chans"],
         "image_size": list(config["input_size"][1:]),
         "eval_size": "null",
         "progressive": "{}",
@@ -65,6 +80,10 @@ def preprocessing(model: Any) -> list[str]:
         "crop_pct": config["crop_pct"],
     }
     return [f"data.{key}={value}" for key, value in values.items()]
+
+
+def _config(model: nn.Module) -> Mapping[str, Any]:
+    return vars(model).get("pretrained_cfg") or {}
 
 
 def data_config(overrides: Sequence[str]) -> dict[str, Any]:

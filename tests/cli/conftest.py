@@ -44,7 +44,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of rb.save with a small network in train form, for digits."""
     torch.manual_seed(0)
-    small = {"depths": [1, 1, 1], "widths": [8, 8, 8], "num_classes": 10, "in_chans": 1}
+    small: dict[str, Any] = {"depths": [1, 1, 1], "widths": [8, 8, 8], "num_classes": 10, "in_chans": 1}
     model: Any = rb.create_model("rb_repvgg_cifar", **small)
     randomise(model, torch.Generator().manual_seed(0))
     config = {**model.pretrained_cfg, "label_names": [str(digit) for digit in range(10)], "crop_pct": 1.0}

@@ -51,3 +51,28 @@ def test_developers_get_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REPBLOCKS_FULL_ERROR", "1")
     with pytest.raises(ConfigurationError):
         main(["describe", "nothing"])
+
+
+def test_an_error_that_nobody_foresaw_is_a_block_that_says_how_to_see_more(
+    command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = command("collapse", "rb_repvgg_cifar", "--size", "1x32x32")
+    assert said.code == 1
+    assert "Traceback" not in said.err
+    monkeypatch.setattr("repblocks.cli.models.list_models", lambda pattern: 1 / 0)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+    said = command("list")
+    assert said.code == 1
+    assert "ZeroDivisionError" in said.err
+    assert "REPBLOCKS_FULL_ERROR=1" in said.err
+
+
+def test_a_full_disk_is_one_block(command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("repblocks.benchmark.draw", full)
+    options = ("--runtimes", "eager", "--repeats", "1", "--size", "3x32x32", "--plot", tmp_path / "plot.png")
+    said = command("benchmark", "rb_repvgg_cifar", *options)
+    assert said.code == 1
+    assert "No space left" in said.err
+    assert "REPBLOCKS_FULL_ERROR" not in said.err

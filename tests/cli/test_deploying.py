@@ -1,9 +1,14 @@
+import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import timm
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -67,3 +72,43 @@ def test_what_is_no_image_is_named(command: Any, trained: Path, tmp_path: Path) 
     said = command("predict", tmp_path / "deploy", tmp_path / "notes.png")
     assert said.code == 1
     assert "notes.png" in "".join(said.err.replace("│", " ").split())
+
+
+NET = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10))
+"""
+
+
+def test_a_net_of_the_users_ships_collapsed_and_predicts_by_the_names_of_its_data(
+    command: Any, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One command from a function that makes a net to a folder that names classes, in float and in int8."""
+    (tmp_path / "own_nets.py").write_text(NET)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_nets", raising=False)
+    said = command("export", "own_nets:make", "data=digits", "--int8", "--max-drop", "1", "--out", "deploy", "--json")
+    assert said.code == 0, said.err
+    assert list(said.json["files"]) == ["onnx", "pt2"]
+    assert [node.op_type for node in onnx.load("deploy/model.onnx").graph.node].count("BatchNormalization") == 0
+    program = torch.export.load("deploy/model.pt2")
+    assert not [node for node in program.graph.nodes if "batch_norm" in str(node.target)]
+    labels = {name.label for name in rb.load_deploy("deploy", runtime="int8").predict(photos, top=10)[0]}
+    assert labels == {str(digit) for digit in range(10)}
+
+
+def test_weights_of_timm_ship_with_their_hash(command: Any, tmp_path: Path) -> None:
+    path = tmp_path / "theirs.pth"
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), path)
+    options = ("--format", "timm,onnx", "--size", "3x48x40", "--out", tmp_path / "deploy")
+    said = command("export", f"test_resnet@{path}", *options)
+    assert said.code == 0, said.err
+    about = json.loads((tmp_path / "deploy" / "deploy.json").read_text())
+    assert about["source"] == {"file": "theirs.pth", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert about["files"]["onnx"]["batch_norms"] == 0
+    assert about["files"]["onnx"]["input"]["shape"] == ["batch", 3, 48, 40]

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import repblocks as rb
 
+TIMES = "\u00d7"
 FUNCTION = """
 import torch
 from torch import nn
@@ -50,9 +51,16 @@ def test_list_counts_both_forms(command: Any) -> None:
 def test_describe_shows_branches_and_what_they_fold_into(command: Any, trained: Path) -> None:
     described = command("describe", trained, "--json").json
     block = described["blocks"]["stages.0.0.conv"]
-    assert list(block["branches"]) == ["kxk", "pointwise"]
-    assert block["folds_into"].startswith("AffineConv(8->8, kernel_size=(3, 3)")
-    assert "kxk: Conv2d3x3 - BatchNorm2d" in command("describe", trained).out
+    assert block["branches"] == {"kxk": [f"conv 3{TIMES}3", "BatchNorm"], "pointwise": [f"conv 1{TIMES}1", "BatchNorm"]}
+    assert block["folds_into"] == {"conv": f"3{TIMES}3 conv, 8 → 8, stride 2"}
+    assert f"kxk: conv 3{TIMES}3 - BatchNorm" in command("describe", trained).out
+    assert "after the branches:" in command("describe", "rb_repnext_u3_tiny").out
+
+
+def test_describe_shows_what_collapse_would_merge_where_no_block_is_ours(command: Any, users_module: str) -> None:
+    (region,) = command("describe", f"{users_module}:make", "--json").json["regions"]
+    assert region["modules"] == ["a", "b", "add in the model"]
+    assert "a, b, add in the model = Conv2d(3, 4, kernel_size=(3, 3)" in command("describe", f"{users_module}:make").out
 
 
 def test_collapse_takes_names_files_and_functions(command: Any, trained: Path, users_module: str) -> None:
@@ -106,7 +114,7 @@ def test_convert_renames_weights_both_ways(command: Any, tmp_path: Path) -> None
 def test_files_that_hold_no_weights_are_refused(command: Any, tmp_path: Path) -> None:
     (tmp_path / "notes.safetensors").write_bytes(b"nothing")
     torch.save({"epoch": 3}, tmp_path / "notes.pt")
-    for name, words in (("notes.safetensors", "cannot be read as safetensors"), ("notes.pt", "holds no weights")):
+    for name, words in (("notes.safetensors", "cannot be read as weights"), ("notes.pt", "holds no weights")):
         said = command("convert", tmp_path / name, "--out", tmp_path / "out.safetensors")
         assert said.code == 1
         assert words in " ".join(said.err.replace("│", " ").split())
