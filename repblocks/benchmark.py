@@ -51,7 +51,7 @@ def compare_forms(
 
     Args:
         name: Shown.
-        model: In train form; one without blocks of ours is collapsed by `repblocks.collapse`. It is not changed.
+        model: Any; what ships of it is what `repblocks.deploy_form.deploy_form_of` says. It is not changed.
         size: ``(channels, height, width)`` of an image.
         runtimes: Keys of ``RUNTIMES``.
         batch: Images at a time.
@@ -68,7 +68,7 @@ def compare_forms(
     """
     images, before = _images(batch, size), copy.deepcopy(model).eval()
     after, report = deploy_form_of(before, images)
-    has_two_forms = bool(report.regions) if report else form_of(before) == "train"
+    has_two_forms = form_of(before) == "train" or bool(report and report.regions)
     twin = _twin(before, after, size)
     sides = {"train": before if has_two_forms else None, "deploy": after, "timm": twin}
     with opened({side: module for side, module in sides.items() if module is not None}, images) as runs_in:

@@ -41,7 +41,7 @@ def benchmark(
 
 
 def _table(rows: list[dict[str, Any]], batch: int) -> Any:
-    columns = ("model", "runtime", "train", "deploy", "timm", "train/deploy", "timm/deploy")
+    columns = ("model", "runtime", "train", "deploy", "timm", "train / deploy", "timm / deploy")
     cells = [
         (
             row["model"],

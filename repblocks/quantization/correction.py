@@ -1,5 +1,6 @@
 """Bias correction: rounded weights shift what a layer gives on average, and its bias can take the shift back."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -41,8 +42,8 @@ class CorrectionReport:
     """What `bias_corrected` did.
 
     Attributes:
-        layers: Every layer with a bias, in order.
-        without_bias: Layers whose shift stays, because they have no bias.
+        layers: Every layer with a bias of its own, in order.
+        without_bias: Layers whose shift stays, because they have no bias, or share it with another layer.
         error_before, error_after: How far the model with rounded weights is from the float model, before and after:
             ``|a - b| / |a|`` over all outputs on the images, in Frobenius norms.
         float_change: How far the corrected model, not rounded, is from the one that was given, likewise. It is not 0:
@@ -71,7 +72,7 @@ class CorrectionReport:
                     "the output's standard deviation"
                     for layer in self.layers
                 ),
-                *(f"  {name}: has no bias" for name in self.without_bias),
+                *(f"  {name}: has no bias of its own" for name in self.without_bias),
             ]
         )
 
@@ -108,11 +109,12 @@ def bias_corrected(model: nn.Module, calibration: Batches) -> BiasCorrected:
     observed = {name: Observed(layer) for name, layer in layers.items()}
     watch(exact, batches, {name: seen.see_weights for name, seen in observed.items()})
     corrected = deploy_copy(exact)
-    _subtract(weighted_layers(corrected), {name: seen.shift() for name, seen in observed.items()})
+    _subtract(_own_biases(weighted_layers(corrected)), {name: seen.shift() for name, seen in observed.items()})
+    own = _own_biases(layers)
     expected = outputs(exact, batches)
     report = CorrectionReport(
-        layers=[_row(name, observed[name]) for name, layer in layers.items() if layer.bias is not None],
-        without_bias=[name for name, layer in layers.items() if layer.bias is None],
+        layers=[_row(name, observed[name]) for name in own],
+        without_bias=[name for name in layers if name not in own],
         error_before=_distance(expected, outputs(with_rounded_weights(exact), batches)),
         error_after=_distance(expected, outputs(with_rounded_weights(corrected), batches)),
         float_change=_distance(expected, outputs(corrected, batches)),
@@ -126,11 +128,17 @@ def _row(name: str, seen: Observed) -> CorrectedLayer:
     return CorrectedLayer(name=name, largest_shift=shift.max().item(), mean_shift=shift.mean().item())
 
 
+def _own_biases(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """The biases that one layer alone has: a shared one cannot take back two shifts."""
+    biases = {name: layer.bias for name, layer in layers.items() if layer.bias is not None}
+    uses = Counter(map(id, biases.values()))
+    return {name: bias for name, bias in biases.items() if uses[id(bias)] == 1}
+
+
 @torch.no_grad()
-def _subtract(layers: Mapping[str, Layer], shifts: Mapping[str, Tensor]) -> None:
-    for name, layer in layers.items():
-        if layer.bias is not None:
-            layer.bias.copy_(layer.bias.double() - shifts[name])
+def _subtract(biases: Mapping[str, Tensor], shifts: Mapping[str, Tensor]) -> None:
+    for name, bias in biases.items():
+        bias.copy_(bias.double() - shifts[name])
 
 
 def _distance(expected: Tensor, got: Tensor) -> float:

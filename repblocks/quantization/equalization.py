@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from repblocks.quantization.batches import Batches, image_batches
 from repblocks.quantization.layers import deploy_copy, like_model, watch
 from repblocks.quantization.pairs import Conv, Pair, find_pairs
+from repblocks.verification import verify
 
 MOST_SWEEPS = 1000
 CONVERGED = 1e-3
@@ -79,20 +80,23 @@ def equalized(model: nn.Module, *, activations: Batches | None = None) -> Equali
     Output channel ``c`` of a convolution is divided by ``s_c > 0`` and the same input channel of the next one
     multiplied by it, which ReLU and LeakyReLU let pass. With ``r1_c`` and ``r2_c`` the channel's ranges in the two,
     ``s_c = sqrt(r1_c / r2_c)`` makes both ``sqrt(r1_c r2_c)``; as a convolution is in two pairs, the pairs are swept
-    until nothing changes. A channel with an empty range stays.
+    until nothing changes. A channel with an empty range stays, and so do weights that two things use; but tracing does
+    not see all uses (a list of weights, ``self.parameters()`` in ``forward``), so with images the copy is compared.
 
     Args:
         model: In train or deploy form; it is not changed. Blocks are collapsed; BatchNorms beyond them separate
             convolutions, so `collapse` a model of other classes first.
         activations: Images ``[N, C, H, W]``, in one tensor or in batches, on which the ranges of the activations
             between the two are measured. These then take the place of the first kernel's ranges ``r1``: with a scale
-            per output channel of a kernel and one for all channels of an activation, the latter are what suffers.
+            per output channel of a kernel and one for all channels of an activation, the latter are what suffers. The
+            copy is compared with the model on the first batch.
 
     Returns:
         The copy on the CPU in eval mode, half precision as float32, and a report; it unpacks.
 
     Raises:
         DataError: The images are none, or no images.
+        VerificationError: The copy computes something else on them.
 
     Source: Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction",
         https://arxiv.org/abs/1906.04721, section 4.1; ranges of activations as in Xiao et al. 2022, "SmoothQuant",
@@ -100,12 +104,15 @@ def equalized(model: nn.Module, *, activations: Batches | None = None) -> Equali
     """
     duplicate = deploy_copy(model)
     pairs = find_pairs(duplicate)
-    measured = {} if activations is None else _activation_ranges(duplicate, pairs.found, activations)
+    batches = [] if activations is None else like_model(duplicate, image_batches(activations))
+    measured = _activation_ranges(duplicate, pairs.found, batches)
     links = _links(duplicate, pairs.found, measured)
     before = [link.imbalance() for link in links]
     sweeps = _sweep(links)
     for link in links:
         _rescale(duplicate, link)
+    for images in batches[:1]:
+        verify(deploy_copy(model), duplicate, images).raise_if_different("the equalized model")
     rows = [_row(link, imbalance) for link, imbalance in zip(links, before, strict=True)]
     return Equalized(duplicate, EqualizationReport(pairs=rows, refused=pairs.refused, sweeps=sweeps))
 
@@ -179,8 +186,8 @@ def _rescale(model: nn.Module, link: _Link) -> None:
     second.weight.copy_((second.weight.double().unflatten(0, (second.groups, -1)) * columns).flatten(0, 1))
 
 
-def _activation_ranges(model: nn.Module, pairs: Sequence[Pair], images: Batches) -> dict[str, Tensor]:
-    """The largest magnitude that the second convolution of each pair reads, per channel."""
+def _activation_ranges(model: nn.Module, pairs: Sequence[Pair], batches: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The largest magnitude that the second convolution of each pair reads, per channel; none without images."""
     found: dict[str, Tensor] = {}
 
     def see(name: str, x: Tensor) -> None:
@@ -188,7 +195,7 @@ def _activation_ranges(model: nn.Module, pairs: Sequence[Pair], images: Batches)
         found[name] = torch.maximum(found.get(name, largest), largest)
 
     seen = {pair.second: lambda x, _, name=pair.second: see(name, x) for pair in pairs}
-    watch(model, like_model(model, image_batches(images)), seen)
+    watch(model, batches, seen)
     return found
 
 

@@ -40,7 +40,8 @@ class Facts:
         equivalence: The two forms compared; None where there is one.
         blocks: The blocks of the library, in the model's order.
         shortcuts: Whether those are better absorbed or kept; None for a model without a choice.
-        collapsed: What `repblocks.collapse` did, for a model that has no such blocks; else None.
+        collapsed: What `repblocks.collapse` did beside those blocks, or in a model that has none; None where it was
+            not needed.
         kernels: The convolutions of the deploy form.
         ranges: What int8 would do to each layer of it.
         run: What training recorded.

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from report.report_cases import small_model
+from report.report_cases import small_model, small_repnext
 
 from repblocks.report.facts import Facts, gather
 from repblocks.report.page import render
@@ -24,6 +24,11 @@ OVERRIDES = (
 @pytest.fixture(scope="session")
 def facts() -> Facts:
     return gather(small_model())
+
+
+@pytest.fixture(scope="session")
+def repnext_facts() -> Facts:
+    return gather(small_repnext())
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,15 @@ def small_model(block: str = "repvgg") -> nn.Module:
     return calibrate(model, torch.randn(8, 1, 32, 32)).eval()
 
 
+def small_repnext(shortcut: str = "absorb") -> nn.Module:
+    """Three blocks whose shortcuts can be absorbed or kept, with statistics as after training."""
+    torch.manual_seed(0)
+    model = rb.create_model(
+        "rb_repnext_cifar", depths=[1, 1, 1], widths=[8, 8, 8], in_chans=1, num_classes=4, shortcut=shortcut
+    )
+    return calibrate(model, torch.randn(8, 1, 32, 32)).eval()
+
+
 class Tree(HTMLParser):
     """Elements in order, each as its name and attributes, and the text of the cells of each table row."""
 

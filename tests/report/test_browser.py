@@ -18,6 +18,10 @@ COLUMN = "[...document.querySelectorAll('#blocks tbody tr')].map(row => Number(r
 SORTED_BY = "[...document.querySelectorAll('#blocks th[aria-sort]')].map(header => header.ariaSort)"
 STATUS = "document.getElementById('blocks-status').textContent"
 
+OUTLINE = "getComputedStyle(document.querySelector('#blocks th button')).outlineStyle"
+ACCENT = "getComputedStyle(document.querySelector('nav a')).color"
+TO_SCROLL = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText)"
+
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
@@ -90,6 +94,31 @@ def test_tab_goes_from_one_column_title_to_the_next(tab: Page) -> None:
     tab.run("document.querySelector('#blocks th button').focus()")
     tab.press("Tab")
     assert tab.run("document.activeElement.textContent") == "class"
+
+
+def test_a_column_title_that_has_the_focus_is_outlined(tab: Page) -> None:
+    assert tab.run(OUTLINE) == "none"
+    tab.run("document.querySelector('#blocks .scroll').focus()")
+    tab.press("Tab")
+    assert tab.run("document.activeElement.textContent") == "block"
+    assert tab.run(OUTLINE) == "solid"
+    assert tab.run("parseFloat(getComputedStyle(document.activeElement).outlineWidth)") >= 2
+    assert tab.run("getComputedStyle(document.activeElement).outlineColor") == tab.run(ACCENT)
+
+
+@pytest.mark.parametrize("width", [1024, 1100, 1280])
+def test_tables_fit_into_an_ordinary_window(browser: Page, repnext_facts: Facts, tmp_path: Path, width: int) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(render(repnext_facts), encoding="utf-8")
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    browser.call("Emulation.setDeviceMetricsOverride", **size)
+    try:
+        browser.open(path)
+        assert browser.run("document.querySelectorAll('.scroll').length") == 3
+        assert browser.run(TO_SCROLL) == []
+    finally:
+        browser.call("Emulation.clearDeviceMetricsOverride")
+    assert browser.complaints == []
 
 
 def test_dark_and_light_are_readable(tab: Page) -> None:

@@ -14,6 +14,7 @@ from repblocks.report.anatomy import Branch, anatomy
 from repblocks.report.blocks import measure_blocks
 from repblocks.report.facts import Facts, gather
 from repblocks.report.kernels import in_words, kernel_facts, patch_spectrum
+from repblocks.report.page import render
 
 
 def test_every_block_with_branches_is_measured_in_order(facts: Facts) -> None:
@@ -85,12 +86,14 @@ def test_a_model_in_half_precision_is_measured_in_float32() -> None:
     assert facts.equivalence.dtype == "float32"
 
 
-def test_the_deploy_form_of_an_expanded_model_is_the_original_architecture() -> None:
-    plain = timm.create_model("resnet18", num_classes=4)
+def test_the_deploy_form_of_an_expanded_model_is_that_of_the_original() -> None:
+    plain, images = timm.create_model("test_resnet", num_classes=4), torch.randn(2, 3, 32, 32)
     wide, _ = rb.expand(plain, "acb", where="layer1.0.*")
-    facts = gather(wide, inputs=torch.randn(2, 3, 32, 32))
-    assert [block.kind for block in facts.blocks] == ["ExpandedConv"] * 2
-    assert facts.deploy.params == sum(parameter.numel() for parameter in plain.parameters())
+    facts = gather(wide, inputs=images)
+    assert {block.kind for block in facts.blocks} == {"ExpandedConv"}
+    original = rb.collapse(plain.eval(), images).model
+    assert facts.deploy.params == sum(parameter.numel() for parameter in original.parameters())
+    assert "Beside the blocks" in render(facts)
 
 
 def test_a_foreign_model_is_collapsed() -> None:

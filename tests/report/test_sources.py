@@ -84,7 +84,7 @@ def test_an_unfinished_run_is_reported_without_what_it_lacks(run_folder: Path, t
         ("summary.json", "{"),
         ("summary.json", "[1]"),
         ("summary.json", '{"train": 3}'),
-        ("deploy/deploy.json", '{"files": [1]}'),
+        ("deploy/deploy.json", '{"deploy_version": 1, "files": [1]}'),
         ("run.yaml", "a: [b"),
         ("run.yaml", "!!python/object/apply:os.system ['true']"),
         ("metrics.csv", "loss\nmany\n"),
