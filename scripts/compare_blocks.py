@@ -99,10 +99,11 @@ def composed(*overrides: str) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def interval(values: Sequence[float], name: str) -> dict[str, float]:
-    """Mean and half-width of Student's 95% interval; 0 for values that are all the same."""
-    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * spread / len(values) ** 0.5
+def interval(values: Sequence[float], name: str) -> dict[str, float | None]:
+    """Mean and half-width of Student's 95% interval: 0 for values that are all the same, None for a single one."""
+    half = None
+    if len(values) > 1:
+        half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
     return {f"{name}_mean": statistics.fmean(values), f"{name}_half_width": half}
 
 
@@ -110,9 +111,10 @@ def step_costs(blocks: Sequence[str], overrides: Sequence[str]) -> tuple[dict[st
     """Milliseconds of a training step, measured in turns, and the bytes that its forward pass keeps."""
     config = composed(*overrides)
     data, name = config["data"], config["model"]["name"]
+    args: dict[str, Any] = {"in_chans": data["in_chans"], **config["model"]["args"]}
     size = data["image_size"]
     images = torch.randn(data["batch_size"], data["in_chans"], size, size)
-    models = {block: rb.create_model(name, block=block, in_chans=data["in_chans"]).train() for block in blocks}
+    models = {block: rb.create_model(name, **args, block=block).train() for block in blocks}
     steps = {block: stepping(model) for block, model in models.items()}
     with torch.enable_grad():
         kept = {block: bytes_kept(model, images) for block, model in models.items()}
@@ -149,18 +151,26 @@ def bytes_kept(model: nn.Module, images: Tensor) -> int:
 
 
 def cells(name: str, row: Mapping[str, Any]) -> list[str]:
-    mean, half = row["difference_mean"], row["difference_half_width"]
-    noise = "" if name == "plain" else " (within noise)" if not abs(mean) > half else ""
     return [
         f"`{name}`",
         f"{row['accuracy_mean']:.2%}",
-        f"± {row['accuracy_half_width']:.2%}",
-        "-" if name == "plain" else f"{mean:+.2%} ± {half:.2%}{noise}",
+        margin(row["accuracy_half_width"]),
+        "-" if name == "plain" else difference(row["difference_mean"], row["difference_half_width"]),
         f"{row['step_ratio']:.2f}",
         f"{row['kept_ratio']:.2f}",
         f"{row['params']:,}",
         f"{row['macs']:,}",
     ]
+
+
+def difference(mean: float, half: float | None) -> str:
+    """Within noise where the interval holds 0, or is not known."""
+    noise = " (within noise)" if half is None or abs(mean) <= half else ""
+    return f"{mean:+.2%} {margin(half)}{noise}"
+
+
+def margin(half: float | None) -> str:
+    return "± ?" if half is None else f"± {half:.2%}"
 
 
 def plot(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -172,13 +182,14 @@ def plot(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, row in rows.items():
-        accuracy, half = 100 * row["accuracy_mean"], 100 * row["accuracy_half_width"]
+        accuracy, half = 100 * row["accuracy_mean"], 100 * (row["accuracy_half_width"] or 0.0)
         axes.errorbar(row["step_ratio"], accuracy, yerr=half, fmt="o", capsize=3)
         axes.annotate(name, (row["step_ratio"], accuracy), xytext=(6, 4), textcoords="offset points")
     axes.set_xlabel("time of a training step beside the plain block's")
     axes.set_ylabel("test accuracy of the deploy form (%), 95% interval")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

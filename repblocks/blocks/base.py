@@ -75,7 +75,9 @@ class RepBlock(nn.Module, ABC):
 
 
 class RepConv(RepBlock, ABC):
-    """Abstract: a linear block, which collapses into one ``nn.Conv2d``. Subclasses only build branches.
+    """Abstract: a linear block ``[N, in, H, W] -> [N, out, H', W']``, which collapses into one ``nn.Conv2d``.
+
+    Subclasses only build branches, and ``block.switch_to_deploy()`` leaves what ``block.eval()`` computes.
 
     Train form has one child ``branches``, deploy form one child ``conv``. Whether the branches fold is found out at
     construction, on the meta device. The attributes named as in ``nn.Conv2d`` describe what the branches amount to,
@@ -202,9 +204,9 @@ def require_collapsible(block: RepBlock) -> None:
 
 
 def switch_to_deploy(model: nn.Module) -> None:
-    """Collapse every block of a model in place; blocks in deploy form stay as they are.
+    """Collapse every block of a model in place, so that it computes what it did: ``after(x) == before(x)``.
 
-    All blocks are folded before the first is changed.
+    All blocks are folded before the first is changed; blocks in deploy form stay as they are.
 
     Raises:
         ConfigurationError: The model is in training mode, where BatchNorm follows the batch.

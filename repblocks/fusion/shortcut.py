@@ -21,7 +21,7 @@ ELEMENTWISE: set[type[nn.Module]] = {
 
 
 def absorb_shortcut(convs: Sequence[AffineConv], activations: Sequence[nn.Module]) -> tuple[AffineConv, ...]:
-    """Turn ``a_n(..a_1(x)) + chain(x)`` into a chain without a shortcut; returns its convolutions.
+    """Turn a shortcut beside a chain into channels of the chain: ``new_chain(x) == a_n(..a_1(x)) + chain(x)``.
 
     ``chain`` is ``convs[0]``, ``activations[0]``, ``convs[1]``, ... ``convs[-1]``, and the shortcut passes through the
     same activations (``nn.Identity()`` where there is none; so with identities only it is ``x + chain(x)``). Every
@@ -32,6 +32,9 @@ def absorb_shortcut(convs: Sequence[AffineConv], activations: Sequence[nn.Module
         convs: The chain, each of stride 1 and keeping the grid, the last writing as many channels as the first reads.
         activations: One between each two convolutions: elementwise, the same for all channels, and registered in
             ``ELEMENTWISE``.
+
+    Returns:
+        The convolutions of the new chain, between which the same activations run.
 
     Raises:
         FoldError: A convolution strides or changes the grid, channels do not fit, or an activation is unknown or

@@ -66,12 +66,14 @@ def interleave(*convs: AffineConv) -> AffineConv: ...
 @overload
 def interleave(*convs: AnyConv) -> AnyConv: ...
 def interleave(*convs: AnyConv) -> AnyConv:
-    """Merge branches channel by channel: output ``n * i + j`` is channel ``i`` of the ``j``-th of ``n`` branches.
+    """Merge ``n`` branches channel by channel: ``interleave(*convs)(x)[:, j::n] == convs[j](x)``.
 
     Equal to ``concat`` up to that order, but grouped and depthwise branches stay grouped (seed 001, paradigm 6b).
 
     Raises:
         FoldError: Channels, strides, padding modes or output grids differ.
+
+    Source: seed of the project, "Shortcut re-parameterization", 6b.
     """
     ordinary = _ordinary(convs)
     if ordinary is not None:
@@ -142,6 +144,8 @@ def pad_kernel(conv: AnyConv, kernel_size: int | Sequence[int]) -> AnyConv:
 
     Raises:
         FoldError: A side of ``kernel_size`` is smaller than the kernel's, or their numbers differ.
+
+    Source: Ding et al. 2021, "RepVGG", https://arxiv.org/abs/2101.03697, section 3.3.
     """
     if isinstance(conv, AffineConv):
         return kernels.pad_kernel(conv, kernel_size)
@@ -157,6 +161,8 @@ def ungroup(conv: AnyConv, groups: int) -> AnyConv:
 
     Raises:
         FoldError: ``groups`` does not divide ``conv.groups``.
+
+    Source: seed 001 of the project, paradigm 5, where the convolutions of a chain have groups.
     """
     if isinstance(conv, AffineConv):
         return kernels.ungroup(conv, groups)

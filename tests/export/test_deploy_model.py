@@ -1,7 +1,9 @@
 import importlib.util
 import json
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -155,7 +157,39 @@ def test_the_deploy_json_itself_may_be_given(folder):
     assert isinstance(load_deploy(folder / "deploy.json"), DeployModel)
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(40)])
+def png(width, height, pixels=b""):
+    """A picture of one bit per pixel; how much of it there is, is another thing."""
+    chunks = {
+        b"IHDR": struct.pack(">2I5B", width, height, 1, 0, 0, 0, 0),
+        b"IDAT": zlib.compress(pixels),
+        b"IEND": b"",
+    }
+    parts = [
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks.items()
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_a_picture_that_unpacks_to_gigabytes_is_refused_without_unpacking_it(folder, tmp_path):
+    (tmp_path / "photo.png").write_bytes(png(30_000, 30_000, bytes(30_000 * 3_751)))
+    assert (tmp_path / "photo.png").stat().st_size < 10**6
+    with pytest.raises(DataError, match=r"photo\.png cannot be read as an image .*900000000 pixels"):
+        load_deploy(folder).predict([tmp_path / "photo.png"])
+
+
+def test_a_truncated_picture_that_pillow_has_only_opened_is_named_by_its_place(folder, tmp_path):
+    path = tmp_path / "photo.jpg"
+    photos(1)[0].resize((300, 300)).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with (
+        Image.open(path) as picture,
+        pytest.raises(DataError, match=r"image 1 cannot be decoded \(image file is truncated"),
+    ):
+        load_deploy(folder).predict([photos(1)[0], picture])
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(40), png(0, 0), png(9, 9)])
 def test_a_file_that_is_no_image_is_named(folder, tmp_path, content):
     (tmp_path / "photo.png").write_bytes(content)
     photos(1)[0].save(tmp_path / "good.png")
@@ -261,6 +295,13 @@ def entry_with(content, **changes):
         (lambda content: settings_with(content, interpolation="magic"), "says preprocessing.interpolation='magic'"),
         (lambda content: settings_with(content, crop_pct=0), "says preprocessing.crop_pct=0"),
         (lambda content: settings_with(content, mean=["a", 0, 0]), r"says preprocessing.mean=\['a', 0, 0\]"),
+        (lambda content: settings_with(content, mean=[float("nan"), 0, 0]), r"says preprocessing.mean=\[nan, 0, 0\]"),
+        (lambda content: settings_with(content, std=[1, 0, 1]), r"says preprocessing.std=\[1, 0, 1\]"),
+        (lambda content: settings_with(content, std=[1, 1, float("inf")]), r"says preprocessing.std=\[1, 1, inf\]"),
+        (lambda content: settings_with(content, input_size=[3, 0, 16]), r"input_size=\[3, 0, 16\], needed are"),
+        (lambda content: settings_with(content, input_size=[3, 24]), r"input_size=\[3, 24\], needed are"),
+        (lambda content: spoiled(content, deploy_version=0), "deploy_version is 0"),
+        (lambda content: "{}", "is damaged: deploy_version is 'missing'"),
         (lambda content: settings_with(content, input_size=[3, 24.5, 16]), r"input_size=\[3, 24.5, 16\], needed are"),
         (lambda content: spoiled(content, dtype="Module"), "dtype is 'Module'"),
         (lambda content: entry_with(content, input={"pixels": "any"}), r"files\['safetensors'\] is "),

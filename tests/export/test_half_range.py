@@ -103,3 +103,36 @@ def test_an_export_reports_and_records_what_would_overflow(tmp_path):
 def test_every_batch_is_seen(count):
     batches = [torch.zeros(1, 1, 2, 2)] * count + [torch.full((1, 1, 2, 2), 1e5)]
     assert not half_range(nn.Sequential(nn.ReLU()), batches).fits
+
+
+def test_a_variance_that_overflows_is_named():
+    """BatchNorm in float16 would divide by infinity, and give its bias whatever it reads."""
+    norm = nn.BatchNorm2d(1).eval()
+    norm.running_var.fill_(1e6)
+    images = torch.full((1, 1, 2, 2), 1e3)
+    report = half_range(norm, [images])
+    assert [(extreme.kind, extreme.value) for extreme in report.overflows] == [("weight", 1e6)]
+    assert norm(images).abs().min() > 0.9
+    assert not norm.half()(images.half()).any()
+
+
+def test_counters_do_not_become_float16():
+    norm = nn.BatchNorm2d(1).eval()
+    norm.num_batches_tracked.fill_(10**6)
+    assert half_range(norm, [torch.zeros(1, 1, 2, 2)]).fits
+
+
+def test_nan_is_not_hidden_by_larger_numbers_before_or_after_it():
+    for order in ([1.0, math.nan, 2.0], [math.nan, 1e9], [1e9, math.nan]):
+        report = half_range(nn.Sequential(nn.ReLU()), [torch.full((1, 1, 2, 2), value) for value in order])
+        assert [extreme.layer for extreme in report.overflows] == ["0"]
+        assert not report.overflows[0].value <= FLOAT16_MAX
+
+
+def test_nan_among_numbers_of_one_output_is_found():
+    images = torch.zeros(1, 1, 2, 2)
+    images[0, 0, 1, 1] = math.nan
+    report = half_range(nn.Sequential(nn.ReLU()), [images])
+    assert math.isnan(report.overflows[0].value)
+    assert math.isnan(report.largest[0].value)
+    assert "float16 overflows at 65504: activation nan of '0'" in str(report)

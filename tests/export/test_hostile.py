@@ -1,5 +1,6 @@
 """Full disks, and files that were made to harm."""
 
+import errno
 import io
 import json
 import pickle
@@ -7,6 +8,7 @@ import resource
 import struct
 import zipfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,7 +123,7 @@ def saved_by_torch(value):
 
 
 @pytest.mark.parametrize("name", ["safetensors", "timm"])
-@pytest.mark.parametrize("length", [2**62, 10**8 + 1, 10**8 - 1])
+@pytest.mark.parametrize("length", [2**64 - 1, 2**62, 10**8 + 1, 10**8 - 1])
 def test_a_huge_header_is_refused_without_memory_for_it(folder, name, length):
     replaced(folder, name, struct.pack("<Q", length) + b"{" + bytes(100))
     with pytest.raises(CheckpointError):
@@ -172,3 +174,90 @@ def test_an_onnx_file_may_not_read_files_elsewhere(folder, tmp_path):
     replaced(folder, "onnx", proto.SerializeToString())
     with pytest.raises(CheckpointError, match="is not a model that onnxruntime runs"):
         load_deploy(folder, runtime="onnx")
+
+
+def test_a_description_that_cannot_be_written_leaves_an_earlier_export(folder, monkeypatch):
+    before, write_text = {path.name: path.read_bytes() for path in folder.iterdir()}, Path.write_text
+
+    def full(path, text, **kwargs):
+        write_text(path, text[:100], **kwargs)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(CheckpointError, match=r"cannot write /.* on a disk with space left"):
+        export(small(), folder, formats=["safetensors", "onnx"])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def rewritten(path, change=lambda name, content: content, **options):
+    """The archive again, record by record."""
+    written = io.BytesIO()
+    with zipfile.ZipFile(path) as before, zipfile.ZipFile(written, "w", **options) as after:
+        for name in before.namelist():
+            after.writestr(name, change(name, before.read(name)))
+    return written.getvalue()
+
+
+def test_a_pickle_in_a_second_directory_of_a_pt2_is_not_run(folder, tmp_path):
+    """Python's reader takes the directory before the end of the file, torch's the one that the end points to."""
+    path, pickled = folder / "model.pt2", saved_by_torch(Trap(tmp_path / "trap"))
+    harmless = rewritten(path)
+    harmful = rewritten(path, lambda name, content: pickled if name.endswith("sample_inputs/model.pt") else content)
+    size, at, ours = *END.unpack(harmful[-END.size :])[5:7], END.unpack(harmless[-END.size :])[6]
+    directory, offset = bytearray(harmless[ours : -END.size]), 0
+    while offset < len(directory):  # Python adds to every offset what it finds the directory to be off
+        [place] = struct.unpack_from("<L", directory, offset + 42)
+        struct.pack_into("<L", directory, offset + 42, place + at - ours)
+        offset += 46 + sum(struct.unpack_from("<3H", directory, offset + 28))
+    records = len(zipfile.ZipFile(path).namelist())
+    end = END.pack(b"PK\5\6", 0, 0, records, records, size, at, 0)
+    replaced(folder, "pt2", harmful[: -END.size] + harmless[:ours] + directory + end)
+    assert not zipfile.ZipFile(path).testzip()
+    assert load_deploy(folder, runtime="pt2")(torch.zeros(1, 3, 24, 16)).shape == (1, 5)
+    assert not (tmp_path / "trap").exists()
+
+
+END = struct.Struct("<4s4H2LH")
+
+
+def test_a_pt2_that_unpacks_to_more_than_it_is_is_refused(folder):
+    def grown(name, content):
+        return content + b" " * 10**7 if name.endswith("model.json") else content
+
+    bomb = rewritten(folder / "model.pt2", grown, compression=zipfile.ZIP_DEFLATED)
+    assert len(bomb) < 10**5
+    replaced(folder, "pt2", bomb)
+    with pytest.raises(CheckpointError, match="records unpack to more than the file has bytes"):
+        load_deploy(folder, runtime="pt2")
+
+
+@pytest.mark.parametrize(
+    ("name", "runtime"), [("onnx", "onnx"), ("onnx", None), ("safetensors", None), ("int8", "int8")]
+)
+def test_a_program_is_not_run_under_a_name_that_hides_it(folder, name, runtime):
+    about = json.loads((folder / "deploy.json").read_text())
+    about["files"] = {name: about["files"]["pt2"]}
+    (folder / "deploy.json").write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match=rf"calls a pt2 program '{name}', .*rename the entry to 'pt2-{name}'"):
+        load_deploy(folder, runtime=runtime)
+    about["files"] = {f"pt2-{name}": about["files"][name]}
+    (folder / "deploy.json").write_text(json.dumps(about))
+    assert load_deploy(folder, runtime=f"pt2-{name}").file.format == "pt2"
+
+
+@pytest.mark.parametrize("filename", ["model.pth", "model.ckpt", "safetensors"])
+def test_a_timm_file_under_the_name_of_a_pickle_does_not_reach_timm(folder, filename):
+    path = folder / filename
+    path.write_bytes((folder / "model.timm.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"needed is '\.safetensors'"):
+        FORMATS["timm"].open(path)
+
+
+def test_a_folder_of_an_older_repblocks_is_called_that(folder):
+    about = json.loads((folder / "deploy.json").read_text())
+    del about["deploy_version"]
+    (folder / "deploy.json").write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match=r"has no deploy_version: an older repblocks wrote it.*export the model"):
+        load_deploy(folder)
+    export(small(), folder, formats=["safetensors"])
+    assert load_deploy(folder).file.name == "safetensors"

@@ -109,3 +109,23 @@ def test_a_model_that_returns_several_tensors_is_refused():
 def test_without_images_there_is_nothing_to_correct_by():
     with pytest.raises(DataError, match="0 sizes"):
         bias_corrected(model(), [])
+
+
+def test_a_bias_that_two_layers_share_stays():
+    net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3)).double().eval()
+    net[2].bias = net[0].bias
+    corrected, report = bias_corrected(net, images())
+    assert report.without_bias == ["0", "2"]
+    assert report.layers == []
+    assert corrected[0].bias.equal(net[0].bias)
+    assert report.error_after == report.error_before > 0
+
+
+def test_a_layer_that_is_called_twice_is_corrected_by_both():
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    net, x = nn.Sequential(conv, nn.ReLU(), conv).double().eval(), images()
+    corrected, _ = bias_corrected(net, x)
+    with torch.no_grad():
+        read = torch.cat([x, net[:2](x)])
+        exact, repaired = (layer(read).mean((0, 2, 3)) for layer in (conv, with_rounded_weights(corrected)[0]))
+    assert (repaired - exact).abs().max() < EXACT * exact.abs().max()

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import repblocks as rb
+from repblocks.errors import VerificationError
 from repblocks.quantization import equalized
 from repblocks.quantization.pairs import find_pairs
 from repblocks.verification import TOLERANCES
@@ -260,3 +261,64 @@ def test_finding_pairs_changes_nothing():
     before = {key: value.clone() for key, value in model.state_dict().items()}
     assert len(find_pairs(model).found) == 1
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+
+
+class HiddenReader(Functional):
+    """Its forward reads a weight by a way that tracing does not see."""
+
+    def __init__(self):
+        super().__init__(F.relu)
+        self.weights = [self.first.weight]
+
+    def forward(self, x):
+        return super().forward(x) * self.weights[0].abs().mean()
+
+
+def test_uses_that_tracing_does_not_see_are_found_on_images():
+    model = HiddenReader().double().eval()
+    with pytest.raises(VerificationError, match="the equalized model differs: relative error"):
+        equalized(model, activations=images())
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner, self.last = (wild(nn.Conv2d(6, 6, 3, padding=1), seed) for seed in range(3))
+
+    def forward(self, x):
+        y = torch.relu(self.first(x))
+        return self.last(torch.relu(self.inner(y)) + y)
+
+
+def test_a_residual_sum_is_left_alone_with_the_reason_for_both_of_its_terms():
+    model = Residual().double().eval()
+    copy, report = equalized(model)
+    assert report.refused["first"] == "goes to 2 places: Conv2d (inner), add"
+    assert report.refused["inner"].startswith("goes to add, which is no convolution")
+    assert all(value.equal(copy.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_a_chain_of_many_kinds_keeps_its_function():
+    """Depthwise before pointwise and behind it, groups that differ, both activations, pooling between."""
+    layers = [
+        nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(), nn.Conv2d(6, 12, 1), nn.LeakyReLU(0.2), nn.MaxPool2d(2),
+        nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.ReLU(inplace=True), nn.Conv2d(12, 8, 1, groups=4), nn.Dropout(),
+        nn.LeakyReLU(-0.5), nn.Conv2d(8, 4, 1, groups=2),
+    ]  # fmt: skip
+    model = nn.Sequential(
+        *(wild(layer, i) if isinstance(layer, nn.Conv2d) else layer for i, layer in enumerate(layers))
+    )
+    copy, report = equalized(model.double().eval())
+    assert [(pair.first, pair.second) for pair in report.pairs] == [("0", "2"), ("2", "5"), ("5", "7"), ("7", "10")]
+    assert relative_error(model, copy, images()) < TOLERANCES[torch.float64]["block"]
+
+
+@pytest.mark.parametrize("where", ["behind the first", "around both"])
+def test_a_hook_that_changes_what_is_between_is_not_skipped(where):
+    first, second = wild(nn.Conv2d(6, 8, 3)), wild(nn.Conv2d(8, 4, 3), 1)
+    block = nn.Sequential(first, nn.ReLU())
+    (block if where == "around both" else block[1]).register_forward_hook(lambda layer, args, output: output + 1)
+    model = nn.Sequential(block, second).double().eval()
+    copy, report = equalized(model)
+    assert not report.pairs
+    assert relative_error(model, copy, images()) == 0

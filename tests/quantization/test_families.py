@@ -1,4 +1,4 @@
-"""Every family of the zoo as an int8 file, by its smallest network, cut to a block per stage where tracing takes long."""
+"""Every family of the zoo in int8, by its smallest network, cut to a block per stage where tracing takes long."""
 
 import onnx
 import pytest

@@ -43,3 +43,10 @@ def test_the_best_way_is_the_one_whose_int8_outputs_are_nearest(model, tmp_path)
 def test_an_unknown_way_is_answered_with_the_known_ones(model):
     with pytest.raises(ConfigurationError, match="how='magic'; needed one of none, equalized"):
         prepared(model, images(), "magic")
+
+
+def test_half_precision_is_refused_with_the_way_out(model):
+    with pytest.raises(
+        ConfigurationError, match=r"weights in torch.float16; needed float32: quantize model\.float\(\)"
+    ):
+        best_prepared(rb.deployed(model).half(), images())

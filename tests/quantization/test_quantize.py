@@ -1,5 +1,7 @@
+import errno
 import json
 import resource
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -262,3 +264,93 @@ def test_the_model_is_not_changed(model, tmp_path):
     assert model.training
     assert rb.form_of(model.eval()) == "train"
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+
+
+def test_outputs_without_classes_are_refused_and_nothing_is_written(tmp_path):
+    net = nn.Sequential(nn.Conv2d(1, 1, 16), nn.Flatten(0)).eval()
+    with pytest.raises(ConfigurationError, match=r"gives \[12\]; needed outputs \[N, classes, \.\.\.\]"):
+        quantize(net, images(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_float_model_that_gives_nan_is_named_as_the_cause(model, tmp_path):
+    spoiled = rb.deployed(model)
+    with torch.no_grad():
+        spoiled.head.fc.bias[0] = torch.nan
+    for given in ((spoiled, None), (model, spoiled)):
+        with pytest.raises(VerificationError, match="the float model gives NaN"):
+            quantize(given[0], images(), tmp_path, reference=given[1])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def deploy_folder(model, tmp_path):
+    """With an earlier int8 file."""
+    rb.export(model, tmp_path, formats=["safetensors"], inputs=images())
+    quantize(model, images(), tmp_path, weight_bits=7)
+    return tmp_path
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_description_that_cannot_be_written_leaves_the_earlier_file_that_it_describes(
+    model, deploy_folder, monkeypatch
+):
+    before, written = contents(deploy_folder), Path.write_text
+
+    def full(path, text, **kwargs):
+        if path.suffix == ".json":
+            written(path, text[:100], **kwargs)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(path, text, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(CheckpointError, match=r"cannot write .* space left"):
+        quantize(model, images(), deploy_folder)
+    assert contents(deploy_folder) == before
+
+
+@pytest.mark.parametrize("limit", [0, 4096])
+def test_a_full_disk_leaves_the_earlier_file(model, deploy_folder, limit):
+    before, (soft, hard) = contents(deploy_folder), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(CheckpointError, match="space left"):
+            quantize(model, images(), deploy_folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(deploy_folder) == before
+
+
+def test_a_refused_file_leaves_the_earlier_one(fragile, deploy_folder):
+    before = contents(deploy_folder)
+    with torch.no_grad():
+        labels = fragile(images(64)).argmax(1)
+    with pytest.raises(VerificationError):
+        quantize(fragile, images(64), deploy_folder, labelled=(images(64), labels), max_drop=0.01)
+    assert contents(deploy_folder) == before
+
+
+def test_a_damaged_description_is_reported_before_any_file_is_written(model, deploy_folder):
+    (deploy_folder / "deploy.json").write_text("{")
+    before = contents(deploy_folder)
+    with pytest.raises(CheckpointError, match=r"deploy\.json is damaged"):
+        quantize(model, images(), deploy_folder)
+    assert contents(deploy_folder) == before
+
+
+def test_an_export_into_the_same_folder_takes_the_int8_file_of_before_with_it(model, deploy_folder):
+    """It would be int8 of another model."""
+    rb.export(model, deploy_folder, formats=["safetensors"], inputs=images())
+    assert contents(deploy_folder).keys() == {"deploy.json", "model.safetensors"}
+    assert "int8" not in json.loads((deploy_folder / "deploy.json").read_text())["files"]
+
+
+def test_an_int8_file_that_was_changed_since_stays_where_it_is(model, deploy_folder):
+    (deploy_folder / FILENAME).write_bytes(b"tuned by hand")
+    rb.export(model, deploy_folder, formats=["safetensors"], inputs=images())
+    assert (deploy_folder / FILENAME).read_bytes() == b"tuned by hand"
+    with pytest.raises(ConfigurationError, match="has no 'int8' file"):
+        load_deploy(deploy_folder, runtime="int8")

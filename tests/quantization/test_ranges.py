@@ -193,3 +193,56 @@ def test_a_layer_that_gets_its_input_by_name_is_watched_too():
             return self.conv(input=x)
 
     assert range_report(ByName().eval(), images()).layers[0].activations.input_high == images().max()
+
+
+def of_branches(**weights):
+    """A block of pointwise branches ``[O, 1, 1, 1]`` with these weights."""
+    branches = {name: nn.Conv2d(1, len(values), 1, bias=False) for name, values in weights.items()}
+    for conv, values in zip(branches.values(), weights.values(), strict=True):
+        with torch.no_grad():
+            conv.weight.copy_(torch.tensor(values).view(-1, 1, 1, 1))
+    return nn.Sequential(rb.BranchConv(branches).double())
+
+
+def test_the_branch_of_a_negative_outlier_is_the_one_that_adds_most_below_zero():
+    [row] = range_report(of_branches(against=[5.0], most=[-4.0], some=[-3.0])).layers
+    assert row.outlier.value == pytest.approx(-2)
+    assert row.outlier.branch == "most"
+
+
+def test_weights_that_branches_cancel_are_no_outlier_however_large_each_is():
+    net = of_branches(one=[1000.0, 0.5], other=[-1000.0, 0.25])
+    [row] = range_report(net).layers
+    assert row.outlier.channel == 1
+    assert row.outlier.value == pytest.approx(0.75)
+    assert row.channel_ranges == pytest.approx((0, 0.75))
+
+
+def test_a_block_whose_branches_cancel_altogether_has_no_outlier():
+    [row] = range_report(of_branches(one=[2.0], other=[-2.0])).layers
+    assert row.outlier is None
+    assert row.zeroed == 0
+
+
+def test_a_layer_that_is_not_called_has_no_activations():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Conv2d(4, 2, 1).double(), nn.Conv2d(4, 2, 1).double()
+
+        def forward(self, x):
+            return self.used(x)
+
+    report = range_report(Unused().eval(), images())
+    assert [row.activations is None for row in report.layers] == [False, True]
+    assert len({len(line) for line in str(report).splitlines()}) == 1
+
+
+def test_a_layer_that_is_called_twice_is_seen_twice():
+    conv = nn.Conv2d(4, 4, 1).double()
+    net = nn.Sequential(conv, nn.ReLU(), conv).eval()
+    [row] = range_report(net, images()).layers
+    with torch.no_grad():
+        first, second = conv(images()), net(images())
+    assert row.activations.output_low == min(first.min().item(), second.min().item())
+    assert row.activations.input_high == max(images().max().item(), first.max().item())
