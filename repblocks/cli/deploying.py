@@ -7,6 +7,7 @@ from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Group
+from rich.text import Text
 from torch import nn
 
 from repblocks.cli.output import AsJson, pairs, progress, show, table, working
@@ -91,7 +92,7 @@ def _said(files: dict[str, Any], half: str, quantized: Any) -> Any:
         (name, of["file"], f"{of['equivalence']['relative_error']:.1e}", f"{of['equivalence']['tolerance']:.0e}")
         for name, of in files.items()
     ]
-    lines = [half, *([] if quantized is None else [str(quantized)])]
+    lines = [Text(half), *([] if quantized is None else [Text(str(quantized))])]
     return Group(table("", ("format", "file", "relative error", "at most"), rows), *lines)
 
 
