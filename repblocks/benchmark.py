@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from repblocks.blocks import RepNeXtBlock
 from repblocks.blocks.base import form_of, require_collapsible
 from repblocks.deploy_form import deploy_form_of, has_blocks
-from repblocks.errors import FoldError
+from repblocks.errors import ConfigurationError, FoldError
+from repblocks.files import replacing
 from repblocks.profiling import latency_ms, profile
 from repblocks.runtimes import opened, usable_runtimes
 from repblocks.verification import verify
@@ -21,7 +23,15 @@ from repblocks.verification import verify
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["compare_forms", "compare_shortcuts", "draw", "has_shortcuts", "twin_of", "usable_runtimes"]
+__all__ = [
+    "compare_forms",
+    "compare_shortcuts",
+    "draw",
+    "has_shortcuts",
+    "require_drawable",
+    "twin_of",
+    "usable_runtimes",
+]
 
 TIMMS_NAMES = {"repvit_m0_9": "repvit_m1"}
 """timm's names of layouts that it calls otherwise than their authors: its m1 has the 1x1's own BatchNorm."""
@@ -198,8 +208,13 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     Args:
         rows: Of `compare_forms`, of any number of models.
-        path: The file, as ``.png``, ``.svg`` or ``.pdf``.
+        path: The file, as ``.png``, ``.svg`` or ``.pdf``; it appears complete or not at all.
+
+    Raises:
+        CheckpointError: The file system refuses.
+        ConfigurationError: As of `require_drawable`.
     """
+    require_drawable(path)
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -215,9 +230,23 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         charts[-1, 0].set_xlabel("milliseconds, median, one thread")
         patches = [Patch(color=_COLORS[side], label=_LABELS[side]) for side in shown]
         figure.legend(handles=patches, loc="outside upper left", ncols=len(shown), frameon=False)
-        figure.savefig(path, dpi=150)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=150)
 
 
+def require_drawable(path: Path) -> None:
+    """Find out before anything is measured whether it can be drawn.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed, or the suffix is none of a picture.
+    """
+    if find_spec("matplotlib") is None:
+        raise ConfigurationError('a plot needs matplotlib; run: pip install "repblocks[report]"')
+    if path.suffix not in _PICTURES:
+        raise ConfigurationError(f"cannot draw {path}: needed is a name that ends in {', '.join(_PICTURES)}")
+
+
+_PICTURES = (".png", ".svg", ".pdf")
 _COLORS = {"train": "#2f5fc4", "deploy": "#c8641b", "timm": "#23866a"}
 _LABELS = {"train": "train form", "deploy": "deploy form", "timm": "timm, reparameterized"}
 _THICKNESS = 0.27

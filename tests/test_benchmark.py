@@ -1,8 +1,7 @@
 """Forms, twins and shortcuts in several runtimes, and the picture of it."""
 
 import copy
-import threading
-from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 import repblocks as rb
 from repblocks import benchmark, runtimes
 from repblocks.deploy_form import DeployForm
-from repblocks.errors import ConfigurationError, VerificationError
+from repblocks.errors import CheckpointError, ConfigurationError, VerificationError
 
 SIZE = (1, 32, 32)
 LAYOUT: dict[str, Any] = {"depths": [1, 1, 1, 1], "widths": [8, 8, 8, 8]}
@@ -190,40 +189,44 @@ def test_blocks_that_cannot_absorb_leave_no_choice() -> None:
 def test_every_runtime_computes_the_model_from_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
     export, written = torch.onnx.export, []
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **kw: written.append(args[0]) or export(*args, **kw))
-    models = {"a": small_model(), "b/..": rb.deployed(small_model())}
+    models = {"a": small_model(), "b/..": rb.deployed(small_model("acb"))}
     images = torch.randn(2, *SIZE)
-    expected = models["a"](images).detach()
+    expected = {name: model(images).detach() for name, model in models.items()}
+    assert not torch.allclose(*expected.values(), rtol=0.1)
     with runtimes.opened(models, images) as runs_in:
         for runtime in ("eager", "onnxruntime", "openvino"):
-            for run in runs_in(runtime).values():
+            for name, run in runs_in(runtime).items():
                 output = run(images) if runtime == "eager" else torch.as_tensor(run(images)[0])
-                assert (output - expected).abs().max() <= 1e-5 * expected.abs().max()
+                assert (output - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max()
     assert written == list(models.values())
 
 
-def threads_while(run: Callable[[], Any], repeats: int = 30) -> set[int]:
-    """Ids of the threads that used the processor meanwhile, besides this one."""
+def test_onnx_runtime_and_openvino_use_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+    import openvino
 
-    def used() -> dict[int, int]:
-        return {
-            int(task.name): sum(map(int, (task / "stat").read_text().rpartition(")")[2].split()[11:13]))
-            for task in Path("/proc/self/task").iterdir()
-        }
+    made: list[Any] = []
+    for module, name in ((onnxruntime, "InferenceSession"), (openvino, "compile_model")):
+        make = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, make=make, **kw: made.append(make(*args, **kw)) or made[-1])
+    with runtimes.opened({"net": nn.Conv2d(1, 2, 3).eval()}, torch.randn(1, *SIZE)) as runs_in:
+        runs_in("onnxruntime")
+        runs_in("openvino")
+    options = made[0].get_session_options()
+    assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
+    assert [int(made[1].get_property(name)) for name in ("INFERENCE_NUM_THREADS", "NUM_STREAMS")] == [1, 1]
 
-    before = used()
-    for _ in range(repeats):
-        run()
-    return {task for task, ticks in used().items() if ticks > before.get(task, 0)} - {threading.get_native_id()}
 
-
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_a_runtime_uses_one_thread(runtime: str) -> None:
-    model = nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))).eval()
-    images = torch.randn(1, 16, 96, 96)
-    with runtimes.opened({"net": model}, images) as runs_in:
-        run = runs_in(runtime)["net"]
-        run(images)
-        assert len(threads_while(lambda: run(images))) <= 1  # OpenVINO computes on a thread of its own
+def test_the_compiler_has_compiled_before_anything_is_timed() -> None:
+    model, images = nn.Conv2d(1, 2, 3).eval(), torch.randn(1, *SIZE)
+    frames = torch._dynamo.utils.counters["frames"]
+    at_first = frames["total"]
+    with runtimes.opened({"net": model}, images) as runs_in, torch.no_grad():
+        run = runs_in("compile")["net"]
+        compiled = frames["total"]
+        assert compiled > at_first
+        torch.testing.assert_close(run(images), model(images))
+    assert frames["total"] == compiled
 
 
 def test_runtimes_that_are_not_installed_are_left_out_or_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +242,7 @@ def test_runtimes_that_are_not_installed_are_left_out_or_named(monkeypatch: pyte
 ROWS = [
     {"model": model, "runtime": runtime, "train_ms": train, "deploy_ms": deploy, "timm_ms": twin}
     for model, train, deploy, twin in (
-        ("$a_0$", 30.0, 12.5, 12.0),
+        ("$x^{2$", 30.0, 12.5, 12.0),
         ("b", 200.0, 1234.5, None),
         ("c" * 99, None, 1.0, None),
     )
@@ -255,7 +258,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]) -> Any:
     monkeypatch.setattr(
         Figure, "savefig", lambda figure, *_, **__: figures.append(figure) or figure.draw_without_rendering()
     )
-    benchmark.draw(rows, Path("unused.png"))
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark, "replacing", nullcontext)
+        benchmark.draw(rows, Path("unused.png"))
     (figure,) = figures
     return figure
 
@@ -265,7 +270,11 @@ def test_what_was_not_measured_has_no_bar_and_what_was_has_its_length(monkeypatc
     lengths = [[bar.get_width() for bar in chart.patches] for chart in charts]
     assert lengths == [[30.0, 12.5, 12.0] * 4, [200.0, 1234.5] * 4, [1.0] * 4]
     assert [text.get_text() for text in charts[1].texts] == ["200", "1,234"] * 4
-    assert [chart.get_title(loc="left") for chart in charts] == ["$a_0$", "b", "\u2026" + "c" * 69]
+    train, deploy, twin = (patch.get_facecolor() for patch in charts[0].figure.legends[0].get_patches())
+    assert len({train, deploy, twin}) == 3
+    assert [bar.get_facecolor() for bar in charts[0].patches] == [train, deploy, twin] * 4
+    assert [bar.get_facecolor() for bar in charts[2].patches] == [deploy] * 4
+    assert [chart.get_title(loc="left") for chart in charts] == ["$x^{2$", "b", "\u2026" + "c" * 69]
 
 
 def test_no_label_of_the_picture_covers_another_or_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +285,8 @@ def test_no_label_of_the_picture_covers_another_or_a_bar(monkeypatch: pytest.Mon
         "timm, reparameterized",
     ]
     texts = [text for chart in figure.axes for text in (*chart.texts, *chart.get_yticklabels(), chart._left_title)]
+    legend = figure.legends[0].get_window_extent()
+    assert not any(legend.overlaps(chart.get_window_extent()) for chart in figure.axes)
     boxes = [text.get_window_extent() for text in texts] + [figure.legends[0].get_window_extent()]
     boxes += [bar.get_window_extent() for chart in figure.axes for bar in chart.patches]
     inside = figure.bbox.padded(1)
@@ -292,6 +303,27 @@ def test_the_picture_is_a_picture(tmp_path: Path, rows: list[dict[str, Any]]) ->
         assert picture.format == "PNG"
         assert picture.size[0] == 1050
     assert b"<svg" in (tmp_path / "plot.svg").read_bytes()
+
+
+def test_what_cannot_be_drawn_is_said_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigurationError, match=r"plot\.txt: needed is a name that ends in \.png, \.svg, \.pdf"):
+        benchmark.draw(ROWS, tmp_path / "plot.txt")
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match=r'pip install "repblocks\[report\]"'):
+        benchmark.require_drawable(tmp_path / "plot.png")
+
+
+def test_a_full_disk_leaves_no_half_of_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(figure: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"\x89PNG")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        benchmark.draw(ROWS, tmp_path / "plot.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_names_of_timm_are_those_of_its_registry() -> None:

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Group
 
 from repblocks.cli.output import AsJson, progress, show, table
 from repblocks.cli.sources import Size, Source, model_from, parsed_size, random_images, size_of
+from repblocks.runtimes import usable_runtimes
 
 
 def register(app: typer.Typer) -> None:
@@ -28,20 +30,28 @@ def benchmark(
     as_json: AsJson = False,
 ) -> None:
     """Time train form, deploy form and timm's twin in several runtimes, in turns on one thread."""
-    from repblocks.benchmark import compare_forms, draw, usable_runtimes
+    from repblocks.benchmark import compare_forms, compare_shortcuts, draw, has_shortcuts, require_drawable
 
     chosen = usable_runtimes(runtimes and runtimes.split(","))
+    if plot is not None:
+        require_drawable(plot)
     rows: list[dict[str, Any]] = []
+    shortcuts: list[dict[str, Any]] = []
     for name in progress(models, "measuring", as_json=as_json):
         model = model_from(name)
-        rows += compare_forms(name, model, size_of(model, size), runtimes=chosen, batch=batch, repeats=repeats)
+        how: Any = {"size": size_of(model, size), "runtimes": chosen, "batch": batch, "repeats": repeats}
+        rows += compare_forms(name, model, **how)
+        shortcuts += compare_shortcuts(model, **how) if has_shortcuts(model) else []
     if plot is not None:
         draw(rows, plot)
-    show({"threads": 1, "batch": batch, "rows": rows}, lambda: _table(rows, batch), as_json=as_json)
+    result = {"threads": 1, "batch": batch, "rows": rows, "shortcuts": shortcuts}
+    show(result, lambda: _tables(rows, shortcuts, batch), as_json=as_json)
 
 
-def _table(rows: list[dict[str, Any]], batch: int) -> Any:
-    columns = ("model", "runtime", "train", "deploy", "timm", "train / deploy", "timm / deploy")
+def _tables(rows: list[dict[str, Any]], shortcuts: list[dict[str, Any]], batch: int) -> Any:
+    """The forms; and of models whose shortcuts can be absorbed, whether that pays."""
+    titles = f"milliseconds (medians), {batch} image(s), 1 thread", "shortcuts of the same: absorbed or kept"
+    columns = ("model", "runtime", "train", "deploy", "timm", "train/\ndeploy", "timm/\ndeploy")
     cells = [
         (
             row["model"],
@@ -51,7 +61,16 @@ def _table(rows: list[dict[str, Any]], batch: int) -> Any:
         )
         for row in rows
     ]
-    return table(f"milliseconds (medians), {batch} image(s), 1 thread", columns, cells)
+    forms = table(titles[0], columns, cells)
+    ways = [
+        (row["model"], row["runtime"], *(_number(row[key]) for key in _SHORTCUT_KEYS), row["faster"])
+        for row in shortcuts
+    ]
+    columns = ("model", "runtime", "absorb", "keep", "keep / absorb", "recommended")
+    return Group(forms, table(titles[1], columns, ways)) if ways else forms
+
+
+_SHORTCUT_KEYS = ("absorb_ms", "keep_ms", "keep_over_absorb")
 
 
 def _number(value: float | None) -> str:

@@ -157,7 +157,8 @@ def load_deploy(folder: str | Path, *, runtime: str | None = None) -> DeployMode
             .pte is only taken if named, as those are programs, which one has to trust.
 
     Raises:
-        CheckpointError: The folder is not one that an export wrote, or a file is not the one that was exported.
+        CheckpointError: The folder is not one that an export wrote, a file is not the one that was exported, or a
+            program goes by a name that hides what it is.
         ConfigurationError: It has no such file, or no runtime for its files is installed.
     """
     folder = Path(folder)

@@ -96,7 +96,7 @@ def add_file(
 
     Args:
         folder: With a ``deploy.json``.
-        name: What to call it there.
+        name: What to call it there; for a .pt2 or .pte it begins with the format's, as whoever asks for it has to know.
         path: The file, complete, in the folder.
         format: Key of ``FORMATS`` whose runtime executes it.
         pixels: What it takes.

@@ -71,7 +71,5 @@ def _require_no_pickles(archive: zipfile.ZipFile) -> None:
 
 def _mentions_pickles(value: Any) -> bool:
     """Whether a description of tensors says so of one of them."""
-    if isinstance(value, dict):
-        entries = cast("dict[str, Any]", value)
-        return bool(entries.get("use_pickle")) or any(_mentions_pickles(entry) for entry in entries.values())
-    return isinstance(value, list) and any(_mentions_pickles(entry) for entry in cast("list[Any]", value))
+    entries = cast("dict[str, Any]", value if isinstance(value, dict) else {})
+    return bool(entries.get("use_pickle")) or any(_mentions_pickles(entry) for entry in entries.values())

@@ -103,7 +103,7 @@ class _Search:
 
     def _is_homogeneous(self, node: fx.Node) -> bool:
         if node.op != "call_module":
-            return node.target in FUNCTIONS and len(node.all_input_nodes) == 1
+            return node.target in FUNCTIONS
         layer = self._called(node)
         known = (*HOMOGENEOUS_LAYERS, *NEUTRAL_LAYERS, *POOLS)
         return layer is not None and any(isinstance(layer, cls) and is_faithful(layer, cls) for cls in known)

@@ -39,7 +39,7 @@ def kernel_facts(name: str, conv: AffineConv) -> KernelFacts:
 
 def in_words(conv: AffineConv) -> str:
     """Kernel size, channels, and what is not ordinary about them."""
-    groups = "" if conv.groups == 1 else "depthwise " if conv.groups == conv.out_channels else f"{conv.groups} groups "
+    groups = "" if conv.groups == 1 else "depthwise " if conv.groups == conv.in_channels else f"{conv.groups} groups "
     stride = "" if set(conv.stride) == {1} else f", stride {_short(conv.stride)}"
     dilation = "" if set(conv.dilation) == {1} else f", dilation {_short(conv.dilation)}"
     return f"{groups}{size(conv.kernel_size)} conv, {conv.in_channels} → {conv.out_channels}{stride}{dilation}"

@@ -26,6 +26,24 @@ def test_the_compiler_is_a_runtime(command: Any, trained: Path) -> None:
     assert [row["runtime"] for row in rows] == ["compile"]
 
 
+def test_models_whose_shortcuts_can_be_absorbed_are_measured_both_ways(command: Any) -> None:
+    said = command("benchmark", "rb_repnext_cifar", "--runtimes", "eager", "--repeats", "1", "--json")
+    (row,) = said.json["shortcuts"]
+    assert row["keep_over_absorb"] == pytest.approx(row["keep_ms"] / row["absorb_ms"])
+    assert "recommended" in command("benchmark", "rb_repnext_cifar", "--runtimes", "eager", "--repeats", "1").out
+    said = command("benchmark", "rb_repvgg_cifar", "--runtimes", "eager", "--repeats", "1")
+    assert "recommended" not in said.out
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_measured(
+    command: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("repblocks.benchmark.compare_forms", lambda *args, **options: pytest.fail("measured"))  # pyright: ignore[reportUnknownLambdaType]
+    said = command("benchmark", trained, "--plot", tmp_path / "plot.txt")
+    assert said.code == 1
+    assert ".svg" in said.err
+
+
 @pytest.mark.parametrize(("name", "twin"), [("rb_repvgg_a0", True), ("rb_repvit_m0_9", True), ("resnet18", False)])
 def test_the_twin_is_timms_model_of_the_same_layout(name: str, twin: bool) -> None:  # noqa: FBT001
     found = benchmark.twin_of(name)

@@ -69,6 +69,16 @@ def test_a_folder_predicts_what_the_trained_model_predicts(folder, runtime):
         torch.testing.assert_close(got, row.sort(descending=True).values, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("interpolation", ["nearest", "bicubic"])
+def test_images_are_resized_as_the_description_says(own_folder, interpolation):
+    path = own_folder / "deploy.json"
+    path.write_text(settings_with(path.read_text(), interpolation=interpolation, crop_pct=0.75))
+    settings = json.loads(path.read_text())["preprocessing"]
+    keys = ("interpolation", "mean", "std", "crop_pct")
+    transform = create_transform(tuple(settings["input_size"]), **{key: settings[key] for key in keys})
+    torch.testing.assert_close(load_deploy(own_folder).preprocess(photos()), torch.stack(list(map(transform, photos()))))
+
+
 @pytest.mark.parametrize("pixels", ["uint8", "unit"])
 def test_a_graph_that_normalises_predicts_the_same(tmp_path, pixels):
     export(small(), tmp_path, formats=["pt2"], pixels=pixels)
@@ -329,6 +339,14 @@ def test_a_file_of_ones_own_can_be_described_and_used(folder, tmp_path):
     assert model.file.facts["accuracy_drop"] == 0.002
     assert model.predict(photos()) == load_deploy(folder, runtime="onnx").predict(photos())
     assert load_deploy(tmp_path).file.name == "onnx"
+
+
+def test_a_fact_that_json_has_no_number_for_is_refused_and_the_description_stays(own_folder):
+    before = (own_folder / "deploy.json").read_bytes()
+    with pytest.raises(ValueError, match="JSON"):
+        add_file(own_folder, "tuned", own_folder / "model.safetensors", format="safetensors", drop=float("nan"))
+    assert (own_folder / "deploy.json").read_bytes() == before
+    load_deploy(own_folder)
 
 
 def test_the_source_is_recorded(tmp_path):

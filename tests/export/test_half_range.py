@@ -136,3 +136,12 @@ def test_nan_among_numbers_of_one_output_is_found():
     assert math.isnan(report.overflows[0].value)
     assert math.isnan(report.largest[0].value)
     assert "float16 overflows at 65504: activation nan of '0'" in str(report)
+
+
+def test_a_layer_whose_name_only_begins_like_anothers_does_not_stand_for_it():
+    class Large(nn.Module):
+        def forward(self, x):
+            return x + 1e5
+
+    net = nn.Sequential(*(Large() if place in (1, 10) else nn.Sigmoid() for place in range(11)))
+    assert [extreme.layer for extreme in half_range(net, [torch.zeros(1, 1, 2, 2)]).overflows] == ["1", "10"]

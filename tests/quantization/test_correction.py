@@ -7,7 +7,7 @@ from torch import nn
 
 import repblocks as rb
 from repblocks.errors import ConfigurationError, DataError
-from repblocks.quantization import bias_corrected
+from repblocks.quantization import bias_corrected, equalized
 from repblocks.quantization.layers import with_rounded_weights
 from repblocks.verification import TOLERANCES
 
@@ -129,3 +129,11 @@ def test_a_layer_that_is_called_twice_is_corrected_by_both():
         read = torch.cat([x, net[:2](x)])
         exact, repaired = (layer(read).mean((0, 2, 3)) for layer in (conv, with_rounded_weights(corrected)[0]))
     assert (repaired - exact).abs().max() < EXACT * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_becomes_float32_where_corrections_are_not_rounded_away(dtype):
+    net = model().to(dtype)
+    copies = [bias_corrected(net, images()).model, equalized(net).model]
+    assert {parameter.dtype for copy in copies for parameter in copy.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in net.parameters()} == {dtype}

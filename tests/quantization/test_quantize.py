@@ -244,7 +244,10 @@ def test_a_map_of_scores_has_no_accuracy(tmp_path):
     with pytest.raises(ConfigurationError, match=r"class scores \[N, classes\]"):
         quantize(net, images(), tmp_path, labelled=(images(), torch.zeros(12, dtype=torch.int64)))
     assert not list(tmp_path.iterdir())
-    assert quantize(net, images(), tmp_path).output_sqnr_db > 20
+    report = quantize(net, images(), tmp_path)
+    got = FORMATS["onnx"].open(report.path)(images())
+    assert report.output_sqnr_db > 20
+    assert report.agreement == pytest.approx((got.argmax(1) == net(images()).argmax(1)).double().mean().item())
 
 
 def test_a_full_disk_leaves_nothing_behind(model, tmp_path):

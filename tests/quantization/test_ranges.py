@@ -5,11 +5,12 @@ import torch
 from blocks.claims import BUILDERS
 from support import calibrate, randomise_batch_norms
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import repblocks as rb
 from repblocks.blocks.shares import branch_kernels
 from repblocks.quantization import range_report
-from repblocks.quantization.rounding import rounded_by_channel, sqnr_db
+from repblocks.quantization.rounding import rounded_activations, rounded_by_channel, sqnr_db
 from repblocks.verification import TOLERANCES
 
 EXACT = TOLERANCES[torch.float64]["block"]
@@ -71,6 +72,8 @@ def test_errors_and_ranges_of_the_kernel_are_those_of_the_folded_one():
     assert row.channel_ranges == pytest.approx(weight.abs().amax((1, 2, 3)).tolist())
     assert row.zeroed == pytest.approx((rounded == 0).double().mean().item())
     assert row.whole_sqnr_db < row.sqnr_db
+    ranges = sorted(row.channel_ranges)
+    assert row.spread == pytest.approx(ranges[-1] / ranges[1])  # of four, the lower of the two in the middle
 
 
 def test_an_identity_of_a_channel_that_hardly_varies_swallows_the_other_weights():
@@ -116,7 +119,8 @@ def test_activations_are_what_the_layer_reads_and_gives():
     assert (seen.output_low, seen.output_high) == pytest.approx((given.min().item(), given.max().item()))
     assert seen.output_sqnr_db == pytest.approx(sqnr_db(given, given + noise))
     assert seen.largest_shift == pytest.approx((noise.mean((0, 2, 3)).abs().max() / given.std(correction=0)).item())
-    assert 20 < seen.input_sqnr_db < 60
+    rounded = rounded_activations(x, x.min().item(), x.max().item())
+    assert seen.input_sqnr_db == pytest.approx(sqnr_db(x, rounded))
 
 
 def test_one_channel_of_large_activations_costs_the_others_their_resolution():
@@ -246,3 +250,9 @@ def test_a_layer_that_is_called_twice_is_seen_twice():
         first, second = conv(images()), net(images())
     assert row.activations.output_low == min(first.min().item(), second.min().item())
     assert row.activations.input_high == max(images().max().item(), first.max().item())
+
+
+def test_a_layer_whose_weights_are_computed_is_no_layer_to_round():
+    computed = parametrizations.weight_norm(nn.Conv2d(4, 4, 1).double())
+    net = nn.Sequential(computed, nn.Conv2d(4, 4, 1).double()).eval()
+    assert [row.name for row in range_report(net, images()).layers] == ["1"]

@@ -68,7 +68,7 @@ def test_the_keyboard_sorts_the_table_by_numbers_largest_first(tab: Page) -> Non
     tab.press(" ")
     assert tab.run(COLUMN.format(4)) == falling[::-1]
     assert tab.run(SORTED_BY) == ["none"] * 4 + ["ascending"] + ["none"] * 6
-    assert tab.run(STATUS) == "Sorted by train, ascending."
+    assert tab.run(STATUS) == "Sorted by parameters, train, ascending."
 
 
 def test_small_errors_sort_by_value_and_not_as_text(facts: Facts, tmp_path: Path, browser: Page) -> None:

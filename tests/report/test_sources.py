@@ -35,6 +35,7 @@ def test_the_model_of_a_run_is_its_best_checkpoint(run_folder: Path) -> None:
     deploy = rb.load(run_folder / "deploy" / "model.safetensors")
     assert rb.verify(source.model, deploy, torch.randn(2, 1, 32, 32)).passed
     assert source.title == "rb_repvgg_cifar"
+    assert rb.form_of(source.model) == "train"
 
 
 def test_columns_of_metrics_are_curves_and_shares(run_folder: Path) -> None:
@@ -47,6 +48,12 @@ def test_columns_of_metrics_are_curves_and_shares(run_folder: Path) -> None:
     shares = shares_in(metrics, order)
     assert list(shares)[:2] == order
     assert sum(values[-1] or 0 for values in shares["stem.conv"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_an_epoch_without_a_value_has_none(tmp_path: Path) -> None:
+    rb.save(small_model(), tmp_path / "deploy" / "model.safetensors")
+    (tmp_path / "metrics.csv").write_text("train/loss,val/loss\n0.5,\n0.25,0\n")
+    assert read_source(tmp_path).run.metrics == {"train/loss": [0.5, 0.25], "val/loss": [None, 0.0]}
 
 
 def test_a_checkpoint_and_a_file_are_sources(run_folder: Path, tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from repblocks.report import texts
+from repblocks.report.blocks import Cost
 from repblocks.report.facts import Facts
+from repblocks.report.sources import Run
 
 
 @pytest.mark.parametrize(
@@ -39,6 +42,44 @@ def test_a_card_says_what_the_collapse_changes(facts: Facts) -> None:
     assert cards["parameters"].change == f"\N{MINUS SIGN}{-change:.1f}%"
     assert cards["latency per image"].change.endswith("times as fast")
     assert "test accuracy" not in cards
+
+
+def test_a_run_gives_accuracy_first_and_what_training_was(facts: Facts) -> None:
+    summary = {
+        "train": {"test_accuracy": 0.975},
+        "deploy": {"test_accuracy": 0.97},
+        "images": {"train": 1437, "val": 180},
+        "epochs": 3,
+        "checkpoint": {"val_accuracy": 0.5},
+        "seconds": {"fit": 1234.4},
+    }
+    known = replace(facts, run=Run(summary=summary))
+    (accuracy, *others) = texts.cards(known)
+    assert (accuracy.train, accuracy.deploy, accuracy.change) == ("97.50%", "97.00%", "\N{MINUS SIGN}0.50 points")
+    assert [card.what for card in others] == ["parameters", "MACs per image", "latency per image"]
+    assert texts.training(known) == {
+        "images": "1,437 train, 180 val",
+        "epochs": "3",
+        "best validation accuracy": "50.00%",
+        "training time": "1,234 s",
+    }
+
+
+def test_what_does_not_change_is_called_the_same_and_speed_is_that_of_the_deploy_form(facts: Facts) -> None:
+    cost = Cost(params=10, macs=20, latency_ms=1.0)
+    known = replace(facts, train=replace(cost, latency_ms=3.0, macs=10), deploy=cost)
+    changes = {card.what: card.change for card in texts.cards(known)}
+    assert changes == {
+        "parameters": "the same",
+        "MACs per image": "+100.0%",
+        "latency per image": "3.00 times as fast",
+    }
+
+
+def test_a_reader_is_told_where_blocks_are_from_before_batch_norm_was_estimated_again(facts: Facts) -> None:
+    assert texts.notes(facts) == []
+    again = replace(facts, run=Run(config={"config": {"reestimate_bn": 10}}))
+    assert texts.notes(again)[0].startswith("The run re-estimated BatchNorm")
 
 
 def test_what_is_special_about_a_file_is_said() -> None:

@@ -2,6 +2,7 @@
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   const headers = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
+  const groups = [...table.tHead.rows[0].cells].flatMap((cell) => Array(cell.colSpan).fill(cell.textContent.trim()));
   const status = document.getElementById(table.dataset.status);
 
   const valueIn = (row, column) => {
@@ -21,7 +22,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const rows = [...body.rows].sort((a, b) => sign * compare(valueIn(a, column), valueIn(b, column)));
       body.append(...rows);
       for (const other of headers) other.setAttribute("aria-sort", other === header ? order : "none");
-      status.textContent = `Sorted by ${header.textContent.trim()}, ${order}.`;
+      const title = [groups[column], header.textContent.trim()].filter(Boolean).join(", ");
+      status.textContent = `Sorted by ${title}, ${order}.`;
     });
   });
 }
