@@ -46,7 +46,7 @@ def test_every_file_that_the_readme_names_exists():
 
 @pytest.mark.slow
 def test_the_table_of_models_is_what_its_command_prints(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit, match="0"):
         main(["list"])
     printed = capsys.readouterr().out

@@ -118,7 +118,7 @@ def _data(model: nn.Module, overrides: Sequence[str]) -> Any:
 
 
 def predict(
-    deploy: Annotated[Path, typer.Argument(help="A deploy folder, or its deploy.json.")],
+    deploy: Annotated[Path, typer.Argument(help="A deploy folder, one of its files, or a file of rb.save.")],
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     top: Annotated[int, typer.Option("--top", help="Classes per image.")] = 5,
     runtime: Annotated[str | None, typer.Option("--runtime", help="Which of its files to run; told by itself.")] = None,

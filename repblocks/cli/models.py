@@ -47,7 +47,7 @@ def list_(
 ) -> None:
     """List models with parameters and MACs of both forms."""
     rows = [_costs(name) for name in progress(list_models(pattern), "counting", as_json=as_json)]
-    columns = ("model", "input", "params, train (M)", "deploy (M)", "MACs, train (G)", "deploy (G)")
+    columns = ("model", "input", "params (M)\ntrain", "\ndeploy", "MACs (G)\ntrain", "\ndeploy")
     show(rows, lambda: table("", columns, map(_cost_row, rows)), as_json=as_json)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from repblocks.checkpoint import load, load_weights
 from repblocks.errors import CheckpointError, ConfigurationError
-from repblocks.export import load_deploy, manifest
+from repblocks.export import FORMATS, DeployModel, load_deploy, manifest
+from repblocks.export.formats import require_packages
 from repblocks.models.registry import create_model
 
 Source = Annotated[
@@ -61,31 +62,24 @@ def program_from(source: str) -> Any:
         CheckpointError: As `model_from`; or the graph is damaged, or not the one that was exported.
         ConfigurationError: As `model_from`; or its runtime is not installed, or it takes pixels.
     """
-    from repblocks.export.formats import FORMATS, require_packages
-
     path = Path(source)
     graphs = {Path(format.filename).suffix: name for name, format in FORMATS.items() if format.holds == "graph"}
     if path.suffix not in graphs:
         return model_from(source)
-    if (path.parent / manifest.NAME).is_file() and (found := _described(path)) is not None:
-        return found
+    if (path.parent / manifest.NAME).is_file():
+        return _taking_normalized(load_deploy(path))
     name = graphs[path.suffix]
     require_packages(name, FORMATS[name])
     return FORMATS[name].open(path, *(path.with_suffix(Path(beside).suffix) for beside in FORMATS[name].beside))
 
 
-def _described(path: Path) -> Any:
-    """The graph as its deploy folder describes it; None for a file that the folder does not name."""
-    files = manifest.files_in(path.parent, manifest.read(path.parent))
-    for name, file in files.items():
-        if file.paths[0].name == path.name:
-            if file.pixels != "normalized":
-                raise ConfigurationError(
-                    f"{path} takes pixels ({file.pixels}), and models are compared on normalised images; compare "
-                    'what repblocks.export(..., pixels="normalized") writes'
-                )
-            return load_deploy(path.parent, runtime=name)
-    return None
+def _taking_normalized(deploy: DeployModel) -> DeployModel:
+    if deploy.file.pixels != "normalized":
+        raise ConfigurationError(
+            f"{deploy.file.paths[0]} takes pixels ({deploy.file.pixels}), and models are compared on normalised "
+            'images; compare what repblocks.export(..., pixels="normalized") writes'
+        )
+    return deploy
 
 
 def _from_weights(name: str, path: Path) -> nn.Module:

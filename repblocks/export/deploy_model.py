@@ -12,10 +12,12 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torchvision.transforms.functional import normalize
 
+from repblocks.checkpoint import load
 from repblocks.errors import CheckpointError, ConfigurationError, DataError
 from repblocks.export.formats import FORMATS, Run, installed_formats, require_packages
-from repblocks.export.manifest import DeployFile, files_in, read
+from repblocks.export.manifest import NAME, DeployFile, files_in, read
 from repblocks.export.pixels import WHITE
+from repblocks.header import describe
 from repblocks.images import Mode, in_mode, read_image
 from repblocks.names import known_name
 
@@ -147,30 +149,52 @@ def _opened(image: Image, mode: Mode, place: int) -> Image:
     return in_mode(image, mode, name)
 
 
-def load_deploy(folder: str | Path, *, runtime: str | None = None) -> DeployModel:
-    """Open a folder that ``export`` wrote; no training code is needed, nor imported.
+def load_deploy(path: str | Path, *, runtime: str | None = None) -> DeployModel:
+    """Open what ``export`` wrote; no training code is needed, nor imported.
 
     Args:
-        folder: With a ``deploy.json``; that file may be given too.
-        runtime: Which of its files to execute: a name in ``deploy.json``, such as ``onnx``. None takes the first of
-            onnx, openvino, safetensors and timm that is there and whose runtime is installed; a .pt2 or
-            .pte is only taken if named, as those are programs, which one has to trust.
+        path: A folder with a ``deploy.json``; or one of the files in it, which is then the one to execute. A file of
+            ``save`` does without a folder.
+        runtime: Which of the folder's files to execute: a name in ``deploy.json``, such as ``onnx``. None takes the
+            first of onnx, openvino, safetensors and timm that is there and whose runtime is installed; a .pt2 or .pte
+            is only taken if named, as those are programs, which one has to trust.
 
     Raises:
-        CheckpointError: The folder is not one that an export wrote, a file is not the one that was exported, or a
-            program goes by a name that hides what it is.
-        ConfigurationError: It has no such file, or no runtime for its files is installed.
+        CheckpointError: It is nothing that an export wrote, a file is not the one that was exported, or a program goes
+            by a name that hides what it is.
+        ConfigurationError: The folder has no such file, or no runtime for its files is installed.
     """
-    folder = Path(folder)
-    folder = folder.parent if folder.is_file() else folder
+    path = Path(path)
+    folder = path.parent if path.is_file() else path
+    if path.suffix == ".safetensors" and path.is_file() and not (folder / NAME).is_file():
+        return _saved(path)
     about = read(folder)
     files = files_in(folder, about)
-    file = files[_chosen(folder, files, runtime)]
+    file = files[_chosen(folder, files, runtime or _entry_of(path, files))]
     _require_no_hidden_program(file)
     format = FORMATS[file.format]
     require_packages(file.name, format)
     file.require_unchanged()
     return DeployModel(file, format.open(*file.paths), about)
+
+
+def _saved(path: Path) -> DeployModel:
+    """A file of ``save``, whose header says all that ``deploy.json`` would."""
+    model = load(path).eval()
+    file = DeployFile(name="safetensors", format="safetensors", paths=(path,), hashes=(), pixels="normalized", facts={})
+    return DeployModel(file, model, describe(model))
+
+
+def _entry_of(path: Path, files: Mapping[str, DeployFile]) -> str | None:
+    """What ``deploy.json`` calls a file; None for the folder and for ``deploy.json`` itself."""
+    if not path.is_file() or path.name == NAME:
+        return None
+    for name, file in files.items():
+        if file.paths[0].name == path.name:
+            return name
+    raise CheckpointError(
+        f"{path} is none of the files that the {NAME} beside it describes ({_listed(list(files))}); give one of those"
+    )
 
 
 def _chosen(folder: Path, files: Mapping[str, DeployFile], runtime: str | None) -> str:

@@ -112,3 +112,17 @@ def test_weights_of_timm_ship_with_their_hash(command: Any, tmp_path: Path) -> N
     assert about["source"] == {"file": "theirs.pth", "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     assert about["files"]["onnx"]["batch_norms"] == 0
     assert about["files"]["onnx"]["input"]["shape"] == ["batch", 3, 48, 40]
+
+
+def test_one_deploy_file_is_enough_to_predict(command: Any, trained: Path, photos: list[Path], tmp_path: Path) -> None:
+    assert command("export", trained, "--format", "safetensors,onnx,openvino", "--out", tmp_path / "deploy").code == 0
+    expected = command("predict", tmp_path / "deploy", *photos, "--json").json
+    for file in ("model.safetensors", "model.onnx", "model.xml", "deploy.json"):
+        found = command("predict", tmp_path / "deploy" / file, *photos, "--json").json
+        assert [best[0]["label"] for best in found.values()] == [best[0]["label"] for best in expected.values()]
+    alone = command("predict", trained, photos[0], "--json")
+    assert alone.json[str(photos[0])][0]["label"] == expected[str(photos[0])][0]["label"]
+    (tmp_path / "deploy" / "other.onnx").write_bytes(b"other")
+    said = command("predict", tmp_path / "deploy" / "other.onnx", *photos)
+    assert said.code == 1
+    assert "none of the files" in " ".join(said.err.replace("│", " ").split())

@@ -76,7 +76,9 @@ def test_images_are_resized_as_the_description_says(own_folder, interpolation):
     settings = json.loads(path.read_text())["preprocessing"]
     keys = ("interpolation", "mean", "std", "crop_pct")
     transform = create_transform(tuple(settings["input_size"]), **{key: settings[key] for key in keys})
-    torch.testing.assert_close(load_deploy(own_folder).preprocess(photos()), torch.stack(list(map(transform, photos()))))
+    torch.testing.assert_close(
+        load_deploy(own_folder).preprocess(photos()), torch.stack(list(map(transform, photos())))
+    )
 
 
 @pytest.mark.parametrize("pixels", ["uint8", "unit"])

@@ -21,7 +21,9 @@ def test_the_pixels_of_a_normalised_image_are_those_that_it_was_made_of():
 @pytest.mark.parametrize(("pixels", "white"), [("unit", 1), ("uint8", 255)])
 def test_what_no_pixel_can_hold_becomes_black_or_white(pixels, white):
     images = torch.tensor([-100.0, 100.0]).expand(3, 1, 2)
-    assert denormalized(images, pixels, CONFIG).equal(torch.tensor([0, white]).expand(3, 1, 2).to(denormalized(images, pixels, CONFIG)))
+    assert denormalized(images, pixels, CONFIG).equal(
+        torch.tensor([0, white]).expand(3, 1, 2).to(denormalized(images, pixels, CONFIG))
+    )
 
 
 def test_normalised_images_stay_what_they_are():
