@@ -1,6 +1,7 @@
 """A deploy folder at work: images in, class names out, without any training code."""
 
 import math
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -182,7 +183,7 @@ def _saved(path: Path) -> DeployModel:
     """A file of ``save``, whose header says all that ``deploy.json`` would."""
     model = load(path).eval()
     file = DeployFile(name="safetensors", format="safetensors", paths=(path,), hashes=(), pixels="normalized", facts={})
-    return DeployModel(file, model, describe(model))
+    return DeployModel(file, model, json.loads(json.dumps(describe(model))))  # lists, as in a deploy.json
 
 
 def _entry_of(path: Path, files: Mapping[str, DeployFile]) -> str | None:
