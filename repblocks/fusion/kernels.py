@@ -59,11 +59,11 @@ def split_concat(*convs: AffineConv) -> AffineConv:
 def _common_blocks(convs: Sequence[AffineConv]) -> int:
     """The most groups such that none cuts through a block that reads some channels to write others."""
     reads, writes = sum(c.in_channels for c in convs), sum(c.out_channels for c in convs)
-    edges = {(0, 0)}
+    edges: set[tuple[int, int]] = set()
     into = out = 0
     for conv in convs:
         a, b = conv.in_channels // conv.groups, conv.out_channels // conv.groups
-        edges |= {(into + a * g, out + b * g) for g in range(conv.groups + 1)}
+        edges |= {(into + a * g, out + b * g) for g in range(conv.groups)}
         into, out = into + conv.in_channels, out + conv.out_channels
     common = math.gcd(reads, writes)
     finest = (n for n in range(common, 0, -1) if common % n == 0)

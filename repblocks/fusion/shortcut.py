@@ -75,17 +75,16 @@ def _expanded(conv: AffineConv, entry: _Layout | None, exit_: _Layout | None) ->
     reads = (conv.in_channels if entry is None else entry.channels) // conv.groups
     writes = conv.out_channels if exit_ is None else exit_.channels
     weight = conv.weight.new_zeros(writes, reads, *conv.kernel_size)
-    weight = weight.index_put(_own_index(conv, own_out, own_in, reads), conv.weight)
+    weight = weight.index_put(_own_index(conv, own_out, own_in), conv.weight)
     one = weight.new_ones(())
     centre = tuple(torch.tensor(before // d) for (before, _), d in zip(conv.padding, conv.dilation, strict=True))
     weight = weight.index_put((carried_out, carried_in % reads, *centre), one, accumulate=True)
     return replace(conv, weight=weight, bias=_expanded_bias(conv, own_out, writes))
 
 
-def _own_index(conv: AffineConv, own_out: Tensor, own_in: Tensor, reads: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the original weights inside the widened kernel."""
-    columns = (own_in % reads).reshape(conv.groups, -1)
-    columns = columns.repeat_interleave(conv.out_channels // conv.groups, dim=0)
+def _own_index(conv: AffineConv, own_out: Tensor, own_in: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the original weights inside the widened kernel: the columns are those of the first group."""
+    columns = own_in[: conv.weight.shape[1]].expand(conv.out_channels, -1)
     return own_out[:, None].expand_as(columns), columns
 
 
@@ -105,7 +104,7 @@ def _centred(conv: AffineConv) -> AffineConv:
 
 
 def _require_chain(chain: Sequence[AffineConv], activations: Sequence[nn.Module]) -> None:
-    if not chain or len(activations) != len(chain) - 1:
+    if len(activations) != len(chain) - 1:
         raise FoldError(
             f"got {len(chain)} convolutions and {len(activations)} activations; needed one between each two"
         )

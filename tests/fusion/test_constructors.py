@@ -58,14 +58,22 @@ def test_average_is_the_mean_over_the_window():
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 6])
 def test_a_dirac_kernel_has_its_ones_on_the_diagonal_of_each_group(groups):
-    conv = dirac(6, (3, 2), groups)
-    assert conv.weight.shape == (6, 6 // groups, 3, 2)
-    assert torch.equal(torch.nn.init.dirac_(torch.empty(6, 6 // groups, 3, 2), groups), conv.weight)
+    conv, x = dirac(6, (5, 2), groups, dtype=torch.float64), input_of(2, 6)
+    assert conv.weight.shape == (6, 6 // groups, 5, 2)
+    assert torch.equal(torch.nn.init.dirac_(torch.empty(6, 6 // groups, 5, 2).double(), groups), conv.weight)
+    assert torch.equal(conv(x), x)
 
 
-def test_groups_of_a_dirac_kernel_divide_its_channels():
-    with pytest.raises(FoldError, match="groups=4 must be positive and divide the 6 channels"):
-        dirac(6, (3,), 4)
+@pytest.mark.parametrize("groups", [4, -2, 0])
+def test_groups_of_a_dirac_kernel_divide_its_channels(groups):
+    with pytest.raises(FoldError, match=f"groups={groups} must be positive and divide the 6 channels"):
+        dirac(6, (3,), groups)
+
+
+def test_values_from_scratch_are_made_on_the_device_asked_for():
+    norm = nn.BatchNorm2d(4, device="meta")
+    for made in (identity(4, device="meta"), dirac(4, (3, 2), device="meta"), from_batch_norm(norm, (3, 2))):
+        assert made.weight.device.type == "meta"
 
 
 @pytest.mark.parametrize(

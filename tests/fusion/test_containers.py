@@ -22,6 +22,12 @@ def test_a_container_without_branches_is_refused(make):
         make()
 
 
+@pytest.mark.parametrize("widths", [(4,), (1, 1, 2), ()])
+def test_every_branch_of_a_split_has_its_width(widths):
+    with pytest.raises(FoldError, match=rf"got 2 branches and {len(widths)} widths"):
+        SplitConcat([nn.Identity(), nn.Identity()], widths)
+
+
 def test_sum_adds_concat_joins_and_split_concat_splits():
     x = randn(0, 2, 4, 3, 5)
     double, triple = nn.Conv2d(4, 4, 1, bias=False).double(), nn.Conv2d(4, 4, 1, bias=False).double()

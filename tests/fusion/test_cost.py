@@ -31,6 +31,10 @@ def test_a_map_without_spatial_dims_costs_its_weights_at_every_pixel():
     assert macs(flat, (5, 7)) == macs(flat.promote(2), (5, 7)) == 12 * 35
 
 
+def test_a_transposed_conv_may_write_a_single_pixel():
+    assert macs(AffineConvTranspose(weight=randn(1, 2, 3, 3), padding=((2, 1),)), (2,)) == 2 * 2 * 3 * 3
+
+
 def test_the_cheaper_of_two_exact_forms_can_be_told():
     narrow = AffineConv(weight=randn(1, 2, 64, 3, 3))
     wide = AffineConv(weight=randn(2, 64, 2, 1, 1))

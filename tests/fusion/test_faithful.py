@@ -68,6 +68,12 @@ def test_a_subclass_with_its_own_forward_is_not_folded_as_its_base_class(module)
             fold(wrapped.eval(), 4)
 
 
+def test_a_rule_applies_only_to_what_keeps_the_forward_of_its_class():
+    assert fold.applies_to(nn.Conv2d(4, 4, 1))
+    assert not fold.applies_to(Doubled(4))
+    assert not fold.applies_to(nn.ReLU())
+
+
 def test_a_forward_replaced_on_the_instance_is_not_folded():
     module = nn.Conv2d(4, 4, 1)
     module.forward = lambda x: x

@@ -86,9 +86,13 @@ def test_the_value_refers_to_live_parameters():
 def test_branches_learn_their_channels_from_each_other():
     assert fold(Sum([nn.Identity(), nn.AvgPool2d(1), nn.Conv2d(4, 4, 1)])).in_channels == 4
     assert fold(Sum([nn.Identity(), nn.BatchNorm2d(4)]).eval()).in_channels == 4
+    assert fold(nn.Sequential(nn.Identity(), nn.Conv2d(5, 3, 1))).in_channels == 5
+    assert fold(nn.Sequential(nn.Identity(), nn.ConvTranspose2d(5, 3, 1))).in_channels == 5
     assert fold(nn.Sequential(nn.Dropout(), nn.Linear(5, 4)).eval()).in_channels == 5
     assert fold(Sum([nn.Identity(), nn.Sequential(nn.Identity(), Sum([nn.Conv1d(4, 4, 1)]))])).in_channels == 4
     assert fold(nn.Sequential(nn.Conv2d(2, 6, 1), nn.AvgPool2d(2))).out_channels == 6
+    assert fold(Sum([nn.Identity(), Concat([nn.Conv2d(4, 1, 1), nn.Conv2d(4, 3, 1)])])).in_channels == 4
+    assert fold(Sum([nn.Identity(), SplitConcat([nn.Conv2d(1, 2, 1), nn.Conv2d(3, 2, 1)], (1, 3))])).in_channels == 4
 
 
 @pytest.mark.parametrize(
@@ -106,6 +110,31 @@ def test_constants_take_the_dtype_of_the_convs_beside_them(dtype):
     value = fold(branches)
     assert value.weight.dtype == value.bias.dtype == dtype
     assert fold(nn.Sequential(branches, nn.Identity())).weight.dtype == dtype
+    assert fold(SplitConcat([nn.AvgPool2d(1), nn.Conv2d(3, 2, 1).to(dtype)], (1, 3))).weight.dtype == dtype
+    norm = nn.BatchNorm2d(4, affine=False).eval().to(dtype)
+    assert fold(norm).weight.dtype == fold(Sum([nn.AvgPool2d(1), norm])).weight.dtype == dtype
+
+
+def test_complex_weights_stay_complex():
+    conv, x = nn.Conv2d(4, 4, 1, dtype=torch.complex64), torch.randn(2, 4, 3, 5, dtype=torch.complex64)
+    with torch.no_grad():
+        torch.testing.assert_close(fold(conv)(x), conv(x))
+        torch.testing.assert_close(fold(Sum([conv, nn.Identity()]))(x), conv(x) + x)
+
+
+def test_constants_do_not_take_the_dtype_of_counters():
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("steps", torch.tensor(0))
+            self.register_buffer("gamma", randn(5, 4))
+
+    @fold.register(Counted)
+    def _(module, in_channels):
+        return AffineConv(weight=module.gamma[:, None], groups=in_channels)
+
+    pools = Sum([Counted(), nn.AvgPool2d(3, stride=1, padding=1)])
+    assert_same(torch.full((4, 1), 1 / 9, dtype=torch.float64), fold(pools, 4).weight[..., 0, 0])
 
 
 def test_constants_keep_the_accuracy_of_the_convs_beside_them():
@@ -176,9 +205,9 @@ def test_dropout_in_training_mode_is_refused_unless_it_drops_nothing():
 
 def test_batch_norm_without_running_statistics_is_refused_in_both_modes():
     norm = nn.BatchNorm2d(4, track_running_stats=False)
-    for module in (norm.train(), norm.eval()):
+    for training in (True, False):
         with pytest.raises(FoldError, match="no running statistics"):
-            fold(module)
+            fold(norm.train(training))
 
 
 @pytest.mark.parametrize(

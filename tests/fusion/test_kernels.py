@@ -96,6 +96,20 @@ def test_zero_padding_after_a_conv_is_exact_only_where_the_conv_gives_zeros_by_i
             compose(first, second)
 
 
+@pytest.mark.parametrize("sides", [(1, 0), (0, 1)], ids=["before", "after"])
+def test_only_the_side_that_is_zero_padded_needs_zeros_from_the_first_conv(sides):
+    first = AffineConv(weight=randn(1, 3, 2, 3), padding=(tuple(2 * side for side in sides),))
+    second = AffineConv(weight=randn(2, 5, 3, 2), padding=(sides,))
+    x = randn(3, 3, 2, 9)
+    assert_value_is(compose(first, second), x, run_chain((first, second), x))
+
+
+def test_the_padding_mode_of_a_first_conv_that_does_not_pad_is_no_obstacle_to_zero_padding():
+    first, second = conv2d(3, 4, padding_mode="reflect"), conv2d(4, 5, (3, 2), padding=1)
+    x = randn(3, 3, 3, 6, 5)
+    assert_value_is(compose(first, second), x, run_chain((first, second), x))
+
+
 @pytest.mark.parametrize(
     ("first", "second", "reason"),
     [

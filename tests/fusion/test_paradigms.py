@@ -110,6 +110,11 @@ def test_5_padding_by_the_bias_folds(first):
     assert_value_is(compose(pad_with_bias(first, padding), second), X, second(padded))
 
 
+def test_5_padding_by_the_bias_keeps_the_dtype():
+    padded = pad_with_bias(conv(6, 8, 1, 1).to(dtype=torch.float16), ((1, 2), (0, 3)))
+    assert padded.weight.dtype == padded.bias.dtype == torch.float16
+
+
 def test_5_padding_by_the_bias_of_a_kernel_folds_only_if_it_covers_its_border():
     full = conv(6, 8, 3, 1, stride=(2, 1), padding=((2, 2), (0, 0)))
     padded = F.pad(full(X) - full.bias[:, None, None], (1, 1, 2, 0)) + full.bias[:, None, None]

@@ -29,9 +29,10 @@ def test_batch_norm_may_lack_its_scale_or_its_shift_alone(missing):
     assert_same(fold(norm)(x), norm(x))
 
 
+@pytest.mark.parametrize("kernel_size", [3, 1])
 @pytest.mark.parametrize("last", [nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)], ids=["norm", "conv"])
-def test_autocast_does_not_round_the_merged_kernel(last):
-    chain = prepared(nn.Sequential(nn.Conv2d(3, 4, 3), last)).float()
+def test_autocast_does_not_round_the_merged_kernel(kernel_size, last):
+    chain = prepared(nn.Sequential(nn.Conv2d(3, 4, kernel_size), last)).float()
     plain = fold(chain)
     with torch.autocast("cpu", torch.bfloat16):
         cast = fold(chain)

@@ -1,10 +1,12 @@
 """What is built alike folds alike, so without numbers it is folded once."""
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import pytest
 import torch
 from blocks.claims import BUILDERS
+from timm.layers import LayerScale2d
 from torch import nn
 
 import repblocks as rb
@@ -56,8 +58,9 @@ OTHERS = {
     "mode": lambda: chain().train(),
     "dtype": lambda: chain().double(),
     "frozen": lambda: chain().requires_grad_(requires_grad=False),
-    "class": lambda: Sum(list(chain())),
-    "names": lambda: nn.Sequential(*[nn.Sequential(child) for child in chain()]),
+    "class": lambda: Sum(list(chain())).eval(),
+    "names": lambda: nn.Sequential(OrderedDict(zip("ab", chain(), strict=True))).eval(),
+    "nesting": lambda: nn.Sequential(*[nn.Sequential(child) for child in chain()]).eval(),
     "attribute": lambda: with_attribute(1),
     "nested attribute": lambda: with_attribute(Spec([1, 3])),
 }
@@ -69,7 +72,23 @@ def test_every_difference_counts(other):
     assert meta_structure(other()) == meta_structure(other()) is not None
 
 
+def test_the_shapes_of_tensors_count_where_no_attribute_tells_them():
+    with torch.device("meta"):
+        assert meta_structure(LayerScale2d(3)) != meta_structure(LayerScale2d(4)) is not None
+
+
+class Tagged(nn.Parameter):
+    """May compute anything."""
+
+
+def tagged():
+    module = chain()
+    module[0].weight = Tagged(module[0].weight.detach())
+    return module
+
+
 UNKNOWN = {
+    "a tensor of another class": tagged,
     "numbers": lambda: nn.Conv2d(3, 4, 3),
     "some numbers": lambda: nn.Sequential(*chain(), nn.BatchNorm2d(6)),
     "no tensors": nn.Identity,
@@ -93,6 +112,11 @@ def test_alike_modules_share_their_value_on_the_meta_device_only():
     assert fold(chain()) is not fold(chain(eps=1e-3))
     live = nn.Conv2d(3, 4, 3)
     assert fold(live).weight is live.weight
+
+
+def test_a_value_that_is_remembered_keeps_no_graph_alive():
+    assert fold(chain()).weight.grad_fn is None
+    assert fold(chain()).bias.grad_fn is None
 
 
 @pytest.mark.parametrize("name", sorted(BUILDERS))

@@ -46,11 +46,16 @@ def test_a_dilated_kernel_grown_for_torch_stays_dilated():
     ("build", "reason"),
     [
         (lambda: up(2), r"needed \[I, O / groups, \*kernel_size\]"),
+        (lambda: up(2, 3), r"needed \[I, O / groups, \*kernel_size\]"),
         (lambda: up(3, 2, 3, groups=2), "must be positive and divide the 3 in channels"),
+        (lambda: up(2, 2, 3, groups=-2), "must be positive and divide the 2 in channels"),
         (lambda: up(2, 2, 3, bias=torch.ones(2)), "needed .* of the weight's torch.float64"),
+        (lambda: up(2, 2, 3, bias=randn(1, 3)), r"got a bias \(3,\) .*needed \(2,\)"),
         (lambda: up(2, 2, 3, stride=2), r"got stride=2; needed a tuple of 1 entries like 1"),
         (lambda: up(2, 2, 3, padding=(1,)), r"got padding=\(1,\); needed a tuple of 1 entries like \(0, 0\)"),
+        (lambda: up(2, 2, 3, stride=(2, 2)), r"got stride=\(2, 2\); needed a tuple of 1 entries like 1"),
         (lambda: up(2, 2, 3, stride=(0,)), "needs stride and dilation >= 1"),
+        (lambda: up(2, 2, 3, dilation=(0,)), "needs stride and dilation >= 1"),
     ],
 )
 def test_tensors_and_geometry_that_do_not_fit_are_refused_with_a_reason(build, reason):
@@ -113,6 +118,14 @@ def test_a_transposed_value_keeps_its_dtype(dtype):
     value = fold(module)
     assert value.weight.dtype == value.bias.dtype == value.to_module().weight.dtype == dtype
     assert value.to(dtype=torch.float64).bias.dtype == torch.float64
+
+
+def test_a_transposed_module_is_made_in_the_dtype_and_on_the_device_asked_for():
+    conv = up(2, 3, 3, bias=randn(2, 3))
+    cast = conv.to_module(dtype=torch.float16)
+    assert torch.equal(cast.weight, conv.weight.half())
+    assert torch.equal(cast.bias, conv.bias.half())
+    assert {p.device.type for p in conv.to_module(device="meta").parameters()} == {"meta"}
 
 
 def test_a_transposed_module_that_folds_in_forward_compiles():

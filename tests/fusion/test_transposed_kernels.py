@@ -111,6 +111,13 @@ def test_a_shift_before_a_transposed_conv_folds_only_where_every_output_pixel_ge
             compose(shift, conv)
 
 
+@pytest.mark.parametrize(("taps", "dilation"), [(1, 1), (2, 2), (2, 4)])
+def test_pixels_that_the_first_leaves_empty_may_be_cut_off_before_the_second_reads_there(taps, dilation):
+    first = up(3, 2, taps, stride=(3,), dilation=(dilation,), padding=((2, 2),))
+    second, x = up(2, 3, 3, seed=2, padding=((1, 1),)), randn(3, 3, 3, 5)
+    assert_value_is(compose(first, second), x, run_chain((first, second), x))
+
+
 @given(branches())
 def test_parallel_transposed_branches_add(case):
     convs, x = case
@@ -165,10 +172,13 @@ def test_dilated_branches_aligned_to_each_other_stay_dilated():
 @pytest.mark.parametrize(
     ("combine", "reason"),
     [
-        (lambda: add(up(2, 2, 3), up(2, 2, 3, stride=(2,))), "stride differ; every branch needs the same stride"),
-        (lambda: add(up(2, 2, 3), up(2, 2, 2)), "output grids .* differ"),
-        (lambda: add(up(2, 2, 3), up(3, 2, 3)), "in_channels differ"),
-        (lambda: add(up(2, 2, 3), up(2, 3, 3)), "out_channels differ"),
+        (lambda: add(up(2, 2, 3), up(2, 2, 3, stride=(2,))), r"add AffineConvTranspose.* stride differ; every branch"),
+        (lambda: add(up(2, 2, 3), up(2, 2, 2)), r"add AffineConvTranspose.* output grids .* differ"),
+        (lambda: add(up(2, 2, 3), up(3, 2, 3)), r"add AffineConvTranspose.* in_channels differ"),
+        (lambda: add(up(2, 2, 3), up(2, 3, 3)), r"add AffineConvTranspose.* out_channels differ"),
+        (lambda: concat(up(2, 2, 3), up(3, 2, 3)), r"concat AffineConvTranspose.* in_channels differ"),
+        (lambda: interleave(up(2, 2, 3), up(3, 2, 3)), r"interleave AffineConvTranspose.* in_channels differ"),
+        (lambda: interleave(up(2, 2, 3), up(2, 3, 3)), r"interleave AffineConvTranspose.* out_channels differ"),
         (lambda: add(up(2, 2, 3), up(2, 2, 3, 3)), "numbers of spatial dims differ"),
         (lambda: compose(up(2, 3, 3), up(2, 3, 3)), "the first writes 3 channels, the second reads 2"),
         (
