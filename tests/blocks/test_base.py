@@ -7,6 +7,8 @@ from support import randomise_batch_norms
 from torch import nn
 
 import repblocks as rb
+from repblocks.blocks.base import as_module
+from repblocks.blocks.copying import copied, in_float64
 from repblocks.blocks.registry import resolve_block
 
 
@@ -85,16 +87,18 @@ def test_the_root_itself_may_be_a_block():
     expected = block(x)
     rb.switch_to_deploy(block)
     assert isinstance(block.conv, nn.Conv2d)
+    assert not any(module.training for module in block.modules())
     torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_one_block_in_two_places_is_switched_once():
+@pytest.mark.parametrize("wrap", [nn.Sequential, lambda block: block], ids=["in two parents", "in one"])
+def test_one_block_in_two_places_is_switched_once(wrap):
     shared = rb.RepVGGConv(4, 4)
-    net = random_net(shared, nn.ReLU(), shared)
+    net = random_net(wrap(shared), nn.ReLU(), wrap(shared))
     x = image(2, 4, 7, 9)
     expected = net(x)
     collapsed = rb.deployed(net)
-    assert collapsed[0] is collapsed[2]
+    assert [type(m) for m in collapsed.modules()].count(rb.RepVGGConv) == 1
     rb.switch_to_deploy(net)
     for model in (net, collapsed):
         torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
@@ -117,6 +121,44 @@ def test_weights_beyond_half_precision_are_refused():
     nn.init.constant_(block.branches["identity"].weight, 70000.0)
     with pytest.raises(rb.FoldError, match=r"not finite in torch\.float16.*wider dtype"):
         rb.deployed(block.half())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_sum_of_branches_beyond_half_precision_is_refused(sign):
+    block = rb.BranchConv([nn.Conv2d(2, 2, 1, bias=False) for _ in range(2)]).half().eval()
+    for branch in block.branches.values():
+        nn.init.constant_(branch.weight, sign * 40000.0)
+    with pytest.raises(rb.FoldError, match=r"not finite in torch\.float16"):
+        rb.deployed(block)
+
+
+def test_a_model_of_both_forms_is_in_train_form_and_loads_its_own_weights(net):
+    net[0].switch_to_deploy()
+    assert rb.form_of(net) == "train"
+    net.load_state_dict(net.state_dict())
+
+
+def test_only_a_block_that_is_frozen_as_a_whole_collapses_into_a_frozen_convolution():
+    block = rb.RepVGGConv(4, 4).eval()
+    block.branches["identity"].requires_grad_(requires_grad=False)
+    assert all(p.requires_grad for p in rb.deployed(block).parameters())
+    block.requires_grad_(requires_grad=False)
+    assert not any(p.requires_grad for p in rb.deployed(block).parameters())
+
+
+def test_a_copy_in_another_place_keeps_what_is_frozen_integers_and_calculated_attributes():
+    norm = nn.BatchNorm2d(4)
+    norm.bias.requires_grad_(requires_grad=False)
+    norm.doubled = 2 * norm.weight
+    twin = copied(norm, in_float64)
+    assert (twin.weight.requires_grad, twin.bias.requires_grad) == (True, False)
+    assert twin.num_batches_tracked.dtype == torch.int64
+    assert twin.weight.dtype == twin.running_var.dtype == twin.doubled.dtype == torch.float64
+
+
+def test_a_deploy_form_is_made_where_the_branches_are():
+    value = rb.fold(nn.Conv2d(2, 3, 1))
+    assert as_module(value, like=nn.Conv2d(2, 3, 1, device="meta")).weight.is_meta
 
 
 def test_a_hooked_branch_is_refused_because_folding_would_lose_the_hook(net):
@@ -148,6 +190,18 @@ def test_weights_of_the_other_form_are_recognised(net, strict):
         rb.deployed(net).load_state_dict(train, strict=strict)
 
 
+def test_weights_of_one_plain_convolution_are_recognised():
+    with pytest.raises(rb.CheckpointError, match="expects train-form weights"):
+        rb.RepVGGConv(4, 4).load_state_dict(nn.Conv2d(4, 4, 3).state_dict())
+
+
+def test_weights_of_both_forms_together_hold_those_of_the_train_form():
+    block, other = rb.RepVGGConv(4, 4).eval(), rb.RepVGGConv(4, 4).eval()
+    both = {**block.state_dict(), **rb.deployed(block).state_dict()}
+    assert other.load_state_dict(both, strict=False).unexpected_keys == ["conv.weight", "conv.bias"]
+    assert torch.equal(other.branches["kxk"][0].weight, block.branches["kxk"][0].weight)
+
+
 def test_weights_of_other_parts_load_without_the_blocks(net):
     weight = {"3.scale": torch.ones(1)}
     assert net.load_state_dict(weight, strict=False).unexpected_keys == ["3.scale"]
@@ -170,11 +224,23 @@ def test_a_users_own_mixture_collapses():
     assert rb.deployed(block).conv.kernel_size == (5, 5)
 
 
-def test_blocks_nest_in_mixtures():
-    block = rb.BranchConv([rb.RepVGGConv(4, 4), rb.ACConv(4, 4), nn.BatchNorm2d(4)]).double()
+def test_blocks_nest_in_mixtures_in_either_form():
+    block = rb.BranchConv([nn.Identity(), rb.RepVGGConv(4, 4), rb.ACConv(4, 4), nn.BatchNorm2d(4)]).double()
     randomise_batch_norms(block, torch.Generator().manual_seed(0)).eval()
     x = image(2, 4, 9, 12)
-    torch.testing.assert_close(rb.deployed(block)(x), block(x), rtol=1e-12, atol=1e-12)
+    expected = block(x)
+    torch.testing.assert_close(rb.deployed(block)(x), expected, rtol=1e-12, atol=1e-12)
+    block.branches["1"].switch_to_deploy()
+    torch.testing.assert_close(rb.fold(block)(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rb.fold(rb.deployed(block))(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_mixture_of_maps_over_channels_is_a_pointwise_convolution():
+    block = random_net(rb.BranchConv([nn.BatchNorm2d(4), nn.Identity()]))[0]
+    assert (block.kernel_size, block.stride, block.padding) == ((1, 1), (1, 1), ((0, 0), (0, 0)))
+    x, collapsed = image(2, 4, 5, 6), rb.deployed(block)
+    assert isinstance(collapsed.conv, nn.Conv2d)
+    torch.testing.assert_close(collapsed(x), block(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

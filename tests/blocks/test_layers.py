@@ -6,7 +6,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 import repblocks as rb
-from repblocks.blocks.branches import conv, kernel_chain
+from repblocks.blocks.branches import conv, conv_bn, kernel_chain, serial
 from repblocks.blocks.layers import (
     AlignedAvgPool2d,
     AlignedConv2d,
@@ -17,6 +17,7 @@ from repblocks.blocks.layers import (
     Squeezed,
 )
 from repblocks.blocks.spec import ConvSpec
+from repblocks.fusion import Sum
 
 
 def image(*shape, **options):
@@ -42,10 +43,11 @@ def test_a_strided_pointwise_branch_never_reaches_the_kernel_that_corrupts_memor
     torch.testing.assert_close(pointwise.weight.grad, plain.weight.grad)
 
 
-@pytest.mark.parametrize("padding", [0, 1, 4, ((2, 0), (0, 3))], ids=str)
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+@pytest.mark.parametrize("padding", [0, 1, 4, ((2, 0), (0, 3)), ((0, 4), (8, 0))], ids=str)
 @pytest.mark.parametrize("kernel_size", [(1, 1), (1, 5), (3, 2)], ids=str)
-def test_a_smaller_kernel_reads_the_centre_of_the_large_one(padding, kernel_size):
-    spec = ConvSpec.of(2, 2, 5, padding=padding, stride=(2, 1), dilation=(1, 2))
+def test_a_smaller_kernel_reads_the_centre_of_the_large_one(mode, padding, kernel_size):
+    spec = ConvSpec.of(2, 2, 5, padding=padding, stride=(2, 1), dilation=(1, 2), padding_mode=mode)
     small, large = conv(spec, kernel_size).double(), conv(spec).double()
     rows, columns = ((5 - size) // 2 for size in kernel_size)
     with torch.no_grad():
@@ -54,6 +56,31 @@ def test_a_smaller_kernel_reads_the_centre_of_the_large_one(padding, kernel_size
     x = image(2, 2, 11, 14)
     torch.testing.assert_close(small(x), large(x), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(rb.fold(small)(x), large(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("padding", [None, 0, ((1, 4), (0, 2))], ids=str)
+@pytest.mark.parametrize(("kernel_size", "rows", "columns"), [((3, 3), 1, 0), ((2, 1), 2, 2)], ids=str)
+def test_a_dilated_small_kernel_reads_every_other_tap_of_the_large_one(padding, kernel_size, rows, columns):
+    spec = ConvSpec.of(2, 3, (7, 5), padding=padding, stride=(2, 1))
+    small, norm = conv_bn(spec, kernel_size, dilation=(2, 2), eps=0.1).double()
+    large = conv(spec).double()
+    with torch.no_grad():
+        large.weight.zero_()
+        large.weight[:, :, rows::2, columns::2][:, :, : kernel_size[0], : kernel_size[1]] = small.weight
+    x = image(3, 2, 11, 14)
+    torch.testing.assert_close(small(x), large(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rb.fold(small)(x), large(x), rtol=1e-12, atol=1e-12)
+    assert norm.eps == 0.1
+
+
+def test_the_kernels_of_a_serial_branch_have_no_bias():
+    assert all(layer.bias is None for layer in serial(ConvSpec.of(4, 6, 5, groups=2), (3, 3)))
+
+
+def test_a_bordered_norm_without_a_border_is_the_norm():
+    bordered, x = BorderedNorm(3, ((0, 0), (0, 0))).double(), image(4, 3, 5, 6)
+    randomise_batch_norms(bordered, torch.Generator().manual_seed(0))
+    assert torch.equal(bordered.eval()(x), bordered.norm(x))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -119,7 +146,9 @@ def test_an_average_reads_the_blocks_window(dilation, mode):
 
 def test_fixed_filters_are_saved_but_not_learned():
     filters = torch.tensor([[1.0, 2.0, 3.0]])
-    layer = FixedConv2d(ConvSpec.of(4, 4, 3, groups=4), filters).double()
+    layer = FixedConv2d(ConvSpec.of(4, 4, 3, groups=4), filters)
+    layer.load_state_dict(FixedConv2d(ConvSpec.of(4, 4, 3, groups=4), filters).state_dict())
+    layer = layer.double()
     assert not list(layer.parameters())
     assert torch.equal(layer.state_dict()["weight"][2, 0], filters.double())
     x = image(2, 4, 5, 6)
@@ -129,7 +158,7 @@ def test_fixed_filters_are_saved_but_not_learned():
 
 
 @pytest.mark.parametrize(
-    "layer", [Constant(-0.5), Shift(3), LayerScale2d(3, 0.7)], ids=lambda layer: type(layer).__name__
+    "layer", [Constant(-1 / 3), Shift(3), LayerScale2d(3, 0.7)], ids=lambda layer: type(layer).__name__
 )
 def test_scales_and_shifts_fold(layer):
     layer = layer.double()
@@ -137,6 +166,29 @@ def test_scales_and_shifts_fold(layer):
         nn.init.normal_(parameter)
     chain, x = nn.Sequential(nn.Conv2d(3, 3, 1, dtype=torch.float64), layer), image(2, 3, 4, 5)
     torch.testing.assert_close(rb.fold(chain)(x), chain(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Shift(3),
+        LayerScale2d(3),
+        Squeezed(nn.Conv2d(3, 2, 1)),
+        BorderedNorm(3, ((1, 0), (0, 2))).eval(),
+        AlignedConv2d(ConvSpec.of(3, 2, 5), (1, 1)),
+        rb.RepVGGConv(3, 2),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_layer_tells_its_channels_to_those_that_do_not_know(layer):
+    assert rb.fold(nn.Sequential(nn.Identity(), layer).eval()).in_channels == 3
+
+
+def test_squeezed_branches_that_do_not_tell_their_channels_take_those_of_the_input():
+    squeezed, x = Squeezed(Sum([nn.Identity(), nn.AvgPool2d(3, 1, 1)])), image(2, 3, 4, 5)
+    expected = x + nn.functional.avg_pool2d(x, 3, 1, 1)
+    torch.testing.assert_close(rb.fold(squeezed, 3)(x.float()), expected.float())
+    torch.testing.assert_close(squeezed(x.float()), expected.float())
 
 
 def test_squeezed_branches_may_not_depend_on_the_batch():
