@@ -127,12 +127,13 @@ def test_weights_beyond_half_precision_are_refused():
 def test_a_sum_of_branches_beyond_half_precision_is_refused(sign):
     block = rb.BranchConv([nn.Conv2d(2, 2, 1, bias=False) for _ in range(2)]).half().eval()
     for branch in block.branches.values():
-        nn.init.constant_(branch.weight, sign * 40000.0)
+        nn.init.constant_(branch.weight[0, 1], sign * 40000.0)
     with pytest.raises(rb.FoldError, match=r"not finite in torch\.float16"):
         rb.deployed(block)
 
 
-def test_a_model_of_both_forms_is_in_train_form_and_loads_its_own_weights(net):
+def test_a_model_of_both_forms_is_in_train_form_and_loads_its_own_weights():
+    net = random_net(rb.RepVGGConv(3, 4), rb.RepVGGConv(4, 4))
     net[0].switch_to_deploy()
     assert rb.form_of(net) == "train"
     net.load_state_dict(net.state_dict())
@@ -188,6 +189,12 @@ def test_weights_of_the_other_form_are_recognised(net, strict):
         net.load_state_dict(deploy, strict=strict)
     with pytest.raises(rb.CheckpointError, match=r"expects deploy-form weights.*repblocks\.deployed"):
         rb.deployed(net).load_state_dict(train, strict=strict)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_every_kind_of_block_recognises_weights_of_its_train_form(net, index):
+    with pytest.raises(rb.CheckpointError, match="expects deploy-form weights"):
+        rb.deployed(net[index]).load_state_dict(net[index].state_dict())
 
 
 def test_weights_of_one_plain_convolution_are_recognised():

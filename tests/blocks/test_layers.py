@@ -98,6 +98,12 @@ def test_a_bordered_norm_pads_by_what_it_makes_of_zero(training):
         torch.testing.assert_close(border, zero[:, None].expand_as(border))
 
 
+def test_a_bordered_norm_without_running_statistics_follows_the_batch_in_eval_mode_too():
+    layer, x = BorderedNorm(3, ((1, 0), (0, 2))).double(), image(4, 3, 5, 6) + 2
+    layer.norm.running_mean = layer.norm.running_var = None
+    torch.testing.assert_close(layer.eval()(x), layer.train()(x), rtol=1e-12, atol=1e-12)
+
+
 def test_a_bordered_norm_before_a_convolution_folds_into_a_padded_one():
     chain = nn.Sequential(BorderedNorm(3, ((1, 1), (2, 2))), nn.Conv2d(3, 5, 3)).double()
     randomise_batch_norms(chain, torch.Generator().manual_seed(0)).eval()
@@ -144,11 +150,16 @@ def test_an_average_reads_the_blocks_window(dilation, mode):
     torch.testing.assert_close(rb.fold(chain)(x), chain(x), rtol=1e-12, atol=1e-12)
 
 
+def test_fixed_filters_are_a_copy_of_those_given():
+    given = torch.ones(4, 3, 3)
+    layer = FixedConv2d(ConvSpec.of(4, 4, 3, groups=4), given)
+    given.zero_()
+    assert layer.weight.all()
+
+
 def test_fixed_filters_are_saved_but_not_learned():
     filters = torch.tensor([[1.0, 2.0, 3.0]])
-    layer = FixedConv2d(ConvSpec.of(4, 4, 3, groups=4), filters)
-    layer.load_state_dict(FixedConv2d(ConvSpec.of(4, 4, 3, groups=4), filters).state_dict())
-    layer = layer.double()
+    layer = FixedConv2d(ConvSpec.of(4, 4, 3, groups=4), filters).double()
     assert not list(layer.parameters())
     assert torch.equal(layer.state_dict()["weight"][2, 0], filters.double())
     x = image(2, 4, 5, 6)
