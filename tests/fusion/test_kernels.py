@@ -207,6 +207,14 @@ def test_dilations_that_share_no_spacing_are_densified():
     assert_value_is(merged, x, run(two, x) + run(three, x))
 
 
+def test_the_dilation_of_a_kernel_of_one_tap_densifies_nothing():
+    spread, point = conv2d(4, 4, (3, 3), padding=2, dilation=(2, 2)), conv2d(4, 4, dilation=(3, 3))
+    x = randn(3, 2, 4, 7, 6)
+    assert (add(spread, point).kernel_size, add(spread, point).dilation) == ((3, 3), (2, 2))
+    assert_value_is(add(spread, point), x, run(spread, x) + run(point, x))
+    assert compose(conv2d(4, 4, (3, 3), dilation=(4, 4)), conv2d(4, 4, dilation=(3, 3))).dilation == (4, 4)
+
+
 def test_groups_of_branches_meet_in_their_greatest_common_divisor():
     assert add(conv2d(12, 12, groups=6), conv2d(12, 12, groups=4)).groups == 2
     assert add(dirac(4, (3, 3), 4), dirac(4, (1, 1), 4)).groups == 4
