@@ -123,6 +123,11 @@ def test_drop_path_folds_to_the_identity_in_eval_mode_only(drop):
         rb.fold(drop.eval())
 
 
+@pytest.mark.parametrize("drop", [DropPath(0.0), StochasticDepth(0.0, "row")], ids=str)
+def test_drop_path_that_drops_nothing_folds_in_training_mode(drop):
+    assert torch.equal(rb.fold(drop.train(), 3).weight, torch.ones(3, 1))
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

@@ -96,6 +96,17 @@ def test_batch_norm_is_a_scale_and_a_shift_by_its_running_statistics(norm, rank)
     assert_value_is(from_batch_norm(norm), x, norm(x).detach())
 
 
+def test_the_scale_of_a_batch_norm_may_be_negative():
+    norm, x = prepared(nn.BatchNorm2d(4)), input_of(2, 4)
+    norm.weight.data[::2] *= -1
+    assert_value_is(from_batch_norm(norm), x, norm(x).detach())
+
+
+def test_batch_norm_as_a_kernel_keeps_its_dtype():
+    conv = from_batch_norm(nn.BatchNorm2d(4).half(), (3, 2), groups=2)
+    assert conv.weight.dtype == conv.bias.dtype == torch.float16
+
+
 def test_batch_norm_is_judged_by_its_buffers_and_not_by_how_it_was_constructed():
     norm = nn.BatchNorm2d(4, track_running_stats=False).double().eval()
     norm.running_mean, norm.running_var = randn(1, 4), randn(2, 4).exp()
@@ -123,6 +134,7 @@ def test_average_pooling_is_a_depthwise_convolution(pool, channels, seed):
         (nn.AvgPool2d(3, padding=1, count_include_pad=False), "set count_include_pad=True or padding=0"),
         (nn.AvgPool1d(3, padding=1, count_include_pad=False), "set count_include_pad=True or padding=0"),
         (nn.AvgPool2d(3, stride=2, ceil_mode=True), "set ceil_mode=False"),
+        (nn.AvgPool2d(3, stride=(1, 2), ceil_mode=True), "set ceil_mode=False"),
     ],
 )
 def test_pooling_whose_divisor_or_windows_depend_on_the_border_is_refused(pool, remedy):
@@ -135,6 +147,12 @@ def test_refused_pooling_would_have_been_wrong():
     counted = nn.AvgPool2d(3, stride=1, padding=1)
     assert not torch.allclose(counted(x), nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)(x))
     assert nn.AvgPool2d(2, ceil_mode=True)(x).shape != nn.AvgPool2d(2)(x).shape
+
+
+def test_pooling_with_a_divisor_of_its_own_does_not_count_pixels():
+    x = input_of(2, 4)
+    pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False, divisor_override=5)
+    assert_value_is(from_pool(pool, 4, dtype=x.dtype), x, pool(x))
 
 
 def test_ceil_mode_without_effect_folds():
