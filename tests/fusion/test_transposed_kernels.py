@@ -180,7 +180,10 @@ def test_dilated_branches_aligned_to_each_other_stay_dilated():
         (lambda: interleave(up(2, 2, 3), up(3, 2, 3)), r"interleave AffineConvTranspose.* in_channels differ"),
         (lambda: interleave(up(2, 2, 3), up(2, 3, 3)), r"interleave AffineConvTranspose.* out_channels differ"),
         (lambda: add(up(2, 2, 3), up(2, 2, 3, 3)), "numbers of spatial dims differ"),
-        (lambda: compose(up(2, 3, 3), up(2, 3, 3)), "the first writes 3 channels, the second reads 2"),
+        (
+            lambda: compose(up(2, 3, 3), up(2, 3, 3)),
+            r"with AffineConvTranspose.*: the first writes 3 channels, the second reads 2",
+        ),
         (
             lambda: compose(up(2, 3, 3), AffineConv(weight=randn(1, 2, 3, 3), stride=(2,))),
             "only a convolution of stride 1, padded by zeros or not at all",
