@@ -1,7 +1,7 @@
 """A deploy folder at work: images in, class names out, without any training code."""
 
-import math
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
