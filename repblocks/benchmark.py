@@ -1,7 +1,7 @@
 """Speed of a model's forms, and of timm's, in several runtimes: ratios of interleaved runs on one thread."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from repblocks.deploy_form import deploy_form_of, has_blocks
 from repblocks.errors import ConfigurationError, FoldError
 from repblocks.files import replacing
 from repblocks.profiling import latency_ms, profile
+from repblocks.progress import Track, untracked
 from repblocks.runtimes import opened, usable_runtimes
 from repblocks.verification import verify
 
@@ -47,11 +48,6 @@ TIE = 0.02
 
 Size = tuple[int, int, int]
 Row = dict[str, Any]
-Track = Callable[[Sequence[str], str], Iterable[str]]
-
-
-def _untracked(items: Sequence[str], what: str) -> Iterable[str]:
-    return items
 
 
 def compare_forms(
@@ -128,7 +124,7 @@ def compare_shortcuts(
     runtimes: Sequence[str],
     batch: int = 1,
     repeats: int = 20,
-    track: Track = _untracked,
+    track: Track = untracked,
 ) -> list[Row]:
     """Median milliseconds of the deploy forms with shortcuts absorbed and with shortcuts kept, in turns.
 

@@ -11,7 +11,7 @@ from rich.text import Text
 from rich.tree import Tree
 from torch import nn
 
-from repblocks.blocks.base import RepBlock, RepConv, deployed, form_of
+from repblocks.blocks.base import RepBlock, deployed, form_of
 from repblocks.checkpoint import save
 from repblocks.cli.output import AsJson, progress, show, table, working
 from repblocks.cli.sources import (
@@ -24,13 +24,12 @@ from repblocks.cli.sources import (
     size_of,
     weights_in,
 )
-from repblocks.fusion import fold
 from repblocks.graph import CollapseReport
 from repblocks.graph import collapse as collapse_graph
 from repblocks.models.registry import create_model, list_models
 from repblocks.profiling import profile
 from repblocks.report.anatomy import anatomy
-from repblocks.report.blocks import blocks_in_train_form
+from repblocks.report.blocks import blocks_in_train_form, folded
 from repblocks.report.kernels import in_words
 
 
@@ -83,14 +82,13 @@ def describe(
 
 def _described(block: RepBlock, new: Mapping[str, nn.Module]) -> dict[str, Any]:
     parts = anatomy(block)
-    channels = block.in_channels if isinstance(block, RepConv) else None
     return {
         "kind": type(block).__name__,
         "before": parts.before,
         "branches": {branch.name: branch.layers for branch in parts.branches},
         "joined": parts.joined,
         "after": parts.after,
-        "folds_into": {child: in_words(fold(module, channels).promote(2)) for child, module in new.items()},
+        "folds_into": {child: in_words(value) for child, value in folded(block, new).items()},
     }
 
 

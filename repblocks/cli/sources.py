@@ -12,11 +12,12 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from repblocks.checkpoint import load, load_weights
+from repblocks.checkpoint import load_weights
 from repblocks.errors import CheckpointError, ConfigurationError
 from repblocks.export import FORMATS, DeployModel, load_deploy, manifest
 from repblocks.export.formats import require_packages
 from repblocks.models.registry import create_model
+from repblocks.report.sources import model_at
 
 Source = Annotated[
     str, typer.Argument(help="A checkpoint, a run or deploy folder, a name, NAME@WEIGHTS, or module:function.")
@@ -47,7 +48,7 @@ def model_from(source: str) -> nn.Module:
     if at and not path.exists():
         return _from_weights(name, Path(weights)).eval()
     if path.suffix in (".ckpt", ".safetensors") or path.is_dir():
-        return _from_path(path).eval()
+        return model_at(path).eval()
     if ":" in source and not source.startswith("hf"):
         return _from_function(*source.split(":", 1)).eval()
     return create_model(source, pretrained="." in source).eval()
@@ -99,22 +100,6 @@ def _arguments_of(name: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     places = {"num_classes": ("classifier", 0), "in_chans": ("first_conv", 1)}
     found = {key: (weights.get(f"{config.get(layer)}.weight"), axis) for key, (layer, axis) in places.items()}
     return {key: weight.shape[axis] for key, (weight, axis) in found.items() if weight is not None}
-
-
-def _from_path(path: Path) -> nn.Module:
-    if path.suffix == ".safetensors":
-        return load(path)
-    if path.suffix == ".ckpt":
-        from repblocks.training.checkpoints.restore import model_from_checkpoint
-
-        return model_from_checkpoint(path)
-    for inside in ("checkpoints/best.ckpt", "model.safetensors", "deploy/model.safetensors"):
-        if (path / inside).exists():
-            return _from_path(path / inside)
-    raise CheckpointError(
-        f"{path} holds no model: needed is a run folder with checkpoints/best.ckpt or a deploy folder with "
-        "model.safetensors"
-    )
 
 
 def _from_function(module: str, function: str) -> nn.Module:

@@ -14,9 +14,9 @@ from repblocks.blocks.shares import branch_shares
 from repblocks.conformance import FormError, border_of, form_error
 from repblocks.fusion import AffineConv, fold
 from repblocks.profiling import latency_ms, profile
+from repblocks.progress import Track, untracked
 from repblocks.report.anatomy import Anatomy, anatomy
 from repblocks.report.kernels import KernelFacts, in_words, kernel_facts
-from repblocks.report.progress import Track, untracked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ def _remembering(read: dict[str, Tensor], name: str) -> Callable[[nn.Module, tup
 
 
 def _measure(name: str, block: RepBlock, new: Mapping[str, nn.Module], x: Tensor, repeats: int) -> BlockFacts:
-    values = {child: fold(module, _reads(block)).promote(2) for child, module in new.items()}
+    values = folded(block, new)
     plain = deployed(block)
     times = latency_ms({"train": block, "deploy": plain}, x[:1], repeats=repeats, warmup=2)
     return BlockFacts(
@@ -131,8 +131,10 @@ def _measure(name: str, block: RepBlock, new: Mapping[str, nn.Module], x: Tensor
     )
 
 
-def _reads(block: RepBlock) -> int | None:
-    return block.in_channels if isinstance(block, RepConv) else None
+def folded(block: RepBlock, new: Mapping[str, nn.Module]) -> dict[str, AffineConv]:
+    """The convolutions that take the place of what `blocks_in_train_form` names, in the plane."""
+    channels = block.in_channels if isinstance(block, RepConv) else None
+    return {child: fold(module, channels).promote(2) for child, module in new.items()}
 
 
 def _place(name: str, child: str, new: Mapping[str, nn.Module]) -> str:

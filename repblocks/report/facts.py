@@ -16,10 +16,10 @@ from repblocks.deploy_form import deploy_form_of
 from repblocks.errors import ConfigurationError
 from repblocks.graph import CollapseReport
 from repblocks.profiling import latency_ms, profile
+from repblocks.progress import Track, untracked
 from repblocks.quantization.ranges import RangeReport, range_report
 from repblocks.report.blocks import BlockFacts, Cost, blocks_in_train_form, deployed_kernels, measure_blocks
 from repblocks.report.kernels import KernelFacts
-from repblocks.report.progress import Track, untracked
 from repblocks.report.shortcuts import ShortcutFacts, measure_shortcuts
 from repblocks.report.sources import Run, Source, read_source
 from repblocks.verification import EquivalenceReport, verify

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from repblocks.benchmark import TIE
 from repblocks.files import replacing
+from repblocks.progress import Track, untracked
 from repblocks.report import texts
 from repblocks.report.facts import Facts, gather
 from repblocks.report.figures import Picture, pictures
 from repblocks.report.figures.pictures import KERNELS_SHOWN, featured
 from repblocks.report.figures.style import inline_svg, write_files
-from repblocks.report.progress import Track, untracked
 
 
 def write_report(

@@ -10,7 +10,7 @@ from torch import nn
 
 from repblocks.benchmark import compare_shortcuts, has_shortcuts, usable_runtimes
 from repblocks.errors import VerificationError
-from repblocks.report.progress import Track, untracked
+from repblocks.progress import Track, untracked
 
 #: Compiling takes longer than all that a report measures.
 LEFT_OUT = ("compile",)

@@ -55,24 +55,27 @@ def read_source(source: nn.Module | str | Path) -> Source:
     """
     if isinstance(source, nn.Module):
         return Source(title=_title(source), model=source, run=Run())
-    path = Path(source)
-    if path.is_dir():
-        return _read_folder(path)
-    model = _load(path)
-    return Source(title=_title(model), model=model, run=Run())
+    path, model = Path(source), model_at(Path(source))
+    return Source(title=_title(model), model=model, run=_read_folder(path) if path.is_dir() else Run())
 
 
-def _read_folder(folder: Path) -> Source:
-    if (folder / "deploy.json").is_file():
-        model, run = _load(folder / "model.safetensors"), Run(manifest=_manifest(folder))
-    else:
-        model, run = _load(_model_file(folder)), _read_run(folder)
-    return Source(title=_title(model), model=model, run=run)
+def model_at(path: Path) -> nn.Module:
+    """The model of a run folder (its best checkpoint), a deploy folder, a checkpoint or a ``.safetensors`` file.
+
+    Raises:
+        CheckpointError: There is nothing at the path, it is no such file or folder, or it is damaged.
+    """
+    path = _model_file(path) if path.is_dir() else path
+    if path.suffix != ".ckpt":
+        return load(path)
+    from repblocks.training.checkpoints.restore import model_from_checkpoint  # Lightning takes seconds to import
+
+    return model_from_checkpoint(path)
 
 
 def _model_file(folder: Path) -> Path:
     """The best checkpoint of a run, or what is left of the run without its checkpoints."""
-    for name in ("checkpoints/best.ckpt", "deploy/model.safetensors"):
+    for name in ("checkpoints/best.ckpt", "model.safetensors", "deploy/model.safetensors"):
         if (folder / name).is_file():
             return folder / name
     raise CheckpointError(
@@ -81,12 +84,8 @@ def _model_file(folder: Path) -> Path:
     )
 
 
-def _load(path: Path) -> nn.Module:
-    if path.suffix != ".ckpt":
-        return load(path)
-    from repblocks.training.checkpoints.restore import model_from_checkpoint  # Lightning takes seconds to import
-
-    return model_from_checkpoint(path)
+def _read_folder(folder: Path) -> Run:
+    return Run(manifest=_manifest(folder)) if (folder / manifest.NAME).is_file() else _read_run(folder)
 
 
 def _read_run(folder: Path) -> Run:

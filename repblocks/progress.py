@@ -1,4 +1,4 @@
-"""How a report says how far it is, to whoever wants to know."""
+"""How long work says how far it is, to whoever wants to know."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
