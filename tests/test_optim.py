@@ -7,13 +7,11 @@ import pickle
 import pytest
 import timm
 import torch
-import torch.distributed as dist
+from optim_cases import GEOMETRIES, LINEAR, SETTINGS, after_backward, batches, difference, loss_of, net, sgd, train
 from support import randomise_batch_norms
 from timm.optim import create_optimizer_v2
-from timm.utils import adaptive_clip_grad
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.nn.utils import clip_grad_norm_
 
 import repblocks as rb
 from repblocks.blocks.branches import conv, conv_bn, scaled
@@ -21,81 +19,6 @@ from repblocks.blocks.csla import ConstantScale2d, CSLAConv
 from repblocks.blocks.layers import AlignedAvgPool2d
 from repblocks.blocks.spec import ConvSpec
 from repblocks.optim import RepOptimizer, gradient_multipliers, plain_twin
-
-SETTINGS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
-LINEAR = {
-    "torch, Nesterov": lambda p: torch.optim.SGD(p, **SETTINGS, nesterov=True),
-    "torch, dampening": lambda p: torch.optim.SGD(p, **SETTINGS, dampening=0.5),
-    "torch, foreach": lambda p: torch.optim.SGD(p, **SETTINGS, foreach=True),
-    "torch, fused": lambda p: torch.optim.SGD(p, **SETTINGS, fused=True),
-    "torch, without momentum": lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.01),
-    "timm sgd": lambda p: create_optimizer_v2(p, "sgd", **SETTINGS),
-    "timm momentum": lambda p: create_optimizer_v2(p, "momentum", **SETTINGS),
-    "timm sgdw": lambda p: create_optimizer_v2(p, "sgdw", **SETTINGS),
-    "timm sgdc": lambda p: create_optimizer_v2(p, "sgdc", **SETTINGS),
-}
-GEOMETRIES = [
-    {},
-    {"groups": 2},
-    {"groups": 4},
-    {"stride": 2},
-    {"kernel_size": 4},
-    {"kernel_size": (1, 5)},
-    {"kernel_size": 1},
-    {"padding": ((1, 0), (2, 0))},
-    {"dilation": 2, "padding": ((1, 3), (2, 2))},  # an identity between the taps makes the kernel denser
-    {"padding_mode": "reflect"},
-]
-
-
-def net(kernel_size=3, **geometry):
-    """Two blocks with ReLUs between, constants that differ by channel, in float64 and training mode."""
-    torch.manual_seed(0)
-    first, second = CSLAConv(4, 8, kernel_size, **geometry), CSLAConv(8, 8, kernel_size, **{**geometry, "stride": 1})
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)]
-    model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), *head).double()
-    return randomise_batch_norms(model, torch.Generator().manual_seed(0)).train()
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), **SETTINGS)
-
-
-def batches(steps):
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(5, 7, 4, 9, 8, dtype=torch.float64, generator=generator)
-    labels = torch.randint(0, 3, (5, 7), generator=generator)
-    return itertools.islice(itertools.cycle(zip(images, labels, strict=True)), steps)
-
-
-def loss_of(model, batch):
-    images, labels = batch
-    return nn.functional.cross_entropy(model(images), labels)
-
-
-def train(model, optimizer, steps, sign=1):
-    for batch in batches(steps):
-        optimizer.zero_grad()
-        (sign * loss_of(model, batch)).backward()
-        optimizer.step()
-    return model
-
-
-def difference(branched, plain):
-    """The largest relative difference of kernels, and of the parameters that both have."""
-    pairs = [(branched[-1].weight, plain[-1].weight), (branched[-1].bias, plain[-1].bias)]
-    for block, twin in zip(branched, plain, strict=True):
-        if isinstance(block, CSLAConv):
-            pairs.append((rb.fold(block.branches[0], block.in_channels).weight, twin.branches[0].weight))
-            pairs += zip(block.branches[1].state_dict().values(), twin.branches[1].state_dict().values(), strict=True)
-    return max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs)
-
-
-def after_backward():
-    """A plain twin and its optimizer, between a backward pass and the step."""
-    plain, optimizer = RepOptimizer.for_plain(net(), sgd)
-    loss_of(plain, next(batches(1))).backward()
-    return plain, optimizer
 
 
 class TestEquality:
@@ -370,122 +293,3 @@ class TestState:
             ]
             torch.testing.assert_close(*losses)
         assert difference(branched, plain) <= 1e-10
-
-
-def replace_gradients(parameters):
-    for parameter in parameters:
-        parameter.grad = parameter.grad * 0.5
-
-
-CHANGES = {
-    "norm": lambda parameters: clip_grad_norm_(parameters, 1.0),
-    "norm, one by one": lambda parameters: clip_grad_norm_(parameters, 1.0, foreach=False),
-    "norm beyond all gradients": lambda parameters: clip_grad_norm_(parameters, 1e9),
-    "value": lambda parameters: clip_grad_value_(parameters, 1e-3),
-    "adaptive": lambda parameters: adaptive_clip_grad(parameters, 1e-4),
-    "replaced": replace_gradients,
-}
-
-
-class TestClipping:
-    @pytest.mark.parametrize("clip", CHANGES.values(), ids=CHANGES)
-    def test_clipping_between_backward_and_step_is_refused_and_nothing_is_stepped(self, clip):
-        plain, optimizer = after_backward()
-        before = copy.deepcopy([plain.state_dict(), optimizer.state_dict()])
-        clip(list(plain.parameters()))
-        with pytest.raises(rb.ConfigurationError, match=r"2 gradients changed between.*leave clipping out"):
-            optimizer.step()
-        torch.testing.assert_close([plain.state_dict(), optimizer.state_dict()], before, rtol=0, atol=0)
-
-    def test_clipping_after_the_last_of_several_passes_is_refused(self):
-        plain, optimizer = after_backward()
-        loss_of(plain, next(batches(1))).backward()
-        clip_grad_norm_(plain.parameters(), 1.0)
-        with pytest.raises(rb.ConfigurationError, match="gradients changed"):
-            optimizer.step()
-
-    def test_clipping_inside_a_closure_is_refused(self):
-        plain, optimizer = after_backward()
-
-        def closure():
-            loss_of(plain, next(batches(1))).backward()
-            clip_grad_norm_(plain.parameters(), 1.0)
-
-        with pytest.raises(rb.ConfigurationError, match="gradients changed"):
-            optimizer.step(closure)
-
-    def test_clipping_after_a_state_was_loaded_is_refused(self):
-        plain, optimizer = after_backward()
-        optimizer.load_state_dict(optimizer.state_dict())
-        loss_of(plain, next(batches(1))).backward()
-        clip_grad_norm_(plain.parameters(), 1.0)
-        with pytest.raises(rb.ConfigurationError, match="gradients changed"):
-            optimizer.step()
-
-    def test_a_change_that_is_accepted_is_stepped_once(self):
-        plain, optimizer = after_backward()
-        clip_grad_norm_(plain.parameters(), 1.0)
-        optimizer.accept_gradients()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss_of(plain, next(batches(1))).backward()
-        clip_grad_norm_(plain.parameters(), 1.0)
-        with pytest.raises(rb.ConfigurationError, match="gradients changed"):
-            optimizer.step()
-
-    def test_gradients_from_elsewhere_or_set_to_zero_are_no_clipping(self):
-        plain, optimizer = after_backward()
-        optimizer.step()
-        plain.zero_grad(set_to_none=False)
-        optimizer.step()
-        plain.zero_grad()
-        for parameter in plain.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-
-    @pytest.mark.parametrize("unscaled", [True, False])
-    def test_a_grad_scaler_is_no_clipping(self, unscaled):
-        branched = net()
-        plain, optimizer = RepOptimizer.for_plain(branched, sgd)
-        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-        for batch in batches(5):
-            optimizer.zero_grad()
-            scaler.scale(loss_of(plain, batch)).backward()
-            if unscaled:
-                scaler.unscale_(optimizer)
-            scaler.step(optimizer)
-            scaler.update()
-        train(branched, sgd(branched), 5)
-        assert difference(branched, plain) <= 1e-10
-
-    def test_clipping_after_a_grad_scaler_is_refused(self):
-        plain, optimizer = RepOptimizer.for_plain(net(), sgd)
-        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-        scaler.scale(loss_of(plain, next(batches(1)))).backward()
-        scaler.unscale_(optimizer)
-        clip_grad_norm_(plain.parameters(), 1.0)
-        with pytest.raises(rb.ConfigurationError, match="gradients changed"):
-            scaler.step(optimizer)
-
-
-@pytest.fixture
-def _one_process(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_one_process")
-@pytest.mark.parametrize("as_view", [True, False])
-def test_the_average_of_distributed_training_is_no_clipping_but_clipping_after_it_is(as_view):
-    branched = net()
-    plain, optimizer = RepOptimizer.for_plain(branched, sgd)
-    train(DistributedDataParallel(plain, gradient_as_bucket_view=as_view), optimizer, 5)
-    train(branched, sgd(branched), 5)
-    assert difference(branched, plain) <= 1e-10
-    parallel = DistributedDataParallel(plain, gradient_as_bucket_view=as_view)
-    optimizer.zero_grad()
-    loss_of(parallel, next(batches(1))).backward()
-    clip_grad_norm_(parallel.parameters(), 1.0)
-    with pytest.raises(rb.ConfigurationError, match="gradients changed"):
-        optimizer.step()

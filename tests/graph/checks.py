@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from strategies import randn
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -120,3 +121,7 @@ def _assert_settled(result: nn.Module, *inputs, **options) -> None:
     again = collapse(result, inputs[0] if len(inputs) == 1 else inputs, **options)
     assert not again.report.regions
     assert list(again.model.state_dict()) == list(result.state_dict())
+
+
+def pictures(count=3, size=(13, 17), seed=0):
+    return randn(seed, count, 8, *size)

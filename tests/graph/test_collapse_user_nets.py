@@ -5,7 +5,8 @@ import functools
 import io
 import json
 
-import graph.odd_user_nets  # noqa: F401  # adds its networks to NETS
+import graph.chain_user_nets
+import graph.odd_user_nets  # noqa: F401  # these add their networks to NETS
 import onnx
 import onnxruntime
 import pytest

@@ -1,0 +1,54 @@
+"""Chains of layers between which nothing is merged, or only some: each with what must be left of it."""
+
+import torch
+from graph.user_nets import conv_bn, net
+from torch import nn
+
+
+@net(convs=2)
+def separable():
+    """Depthwise and pointwise stay a pair: together they would cost more."""
+    return nn.Sequential(conv_bn(8, 8, 3, 1, 1, groups=8), conv_bn(8, 16, 1), nn.ReLU())
+
+
+class DepthwiseBranches(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.large, self.small = conv_bn(width, width, 7, 1, 3, width), conv_bn(width, width, 3, 1, 1, width)
+        self.bn = nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        return self.bn(self.large(x) + self.small(x) + x)
+
+
+@net(convs=3)
+def inverted_bottleneck():
+    return nn.Sequential(DepthwiseBranches(8), conv_bn(8, 32, 1), nn.GELU(), conv_bn(32, 8, 1))
+
+
+@net(convs=2)
+class depthwise_beside_dense(nn.Module):
+    """In one kernel both would be dense 3x3."""
+
+    def __init__(self):
+        super().__init__()
+        self.depthwise, self.pointwise = conv_bn(8, 8, 3, 1, 1, groups=8), conv_bn(8, 8, 1)
+
+    def forward(self, x):
+        return torch.relu(self.depthwise(x) + self.pointwise(x))
+
+
+@net(convs=1)
+def wide_chain():
+    return nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.Conv2d(16, 8, 3, padding=1, bias=False), nn.ReLU())
+
+
+@net(convs=2, shape=(16, 13, 17), other=(16, 10, 21))
+def narrow_chain():
+    return nn.Sequential(nn.Conv2d(16, 3, 1, bias=False), conv_bn(3, 16, 3, 1, 1), nn.ReLU())
+
+
+@net(convs=2)
+def unpadded_chain():
+    """As one 5x5 kernel it would cost more."""
+    return nn.Sequential(conv_bn(8, 8, 3), conv_bn(8, 8, 3))
