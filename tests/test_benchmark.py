@@ -1,6 +1,8 @@
 """Forms, twins and shortcuts in several runtimes, and the picture of it."""
 
 import copy
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,28 @@ def test_onnx_runtime_and_openvino_use_one_thread(monkeypatch: pytest.MonkeyPatc
     options = made[0].get_session_options()
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
     assert [int(made[1].get_property(name)) for name in ("INFERENCE_NUM_THREADS", "NUM_STREAMS")] == [1, 1]
+
+
+SIGNALLED = """
+import gc, os, signal, sys
+from repblocks.runtimes import compiled_by_openvino
+
+first, second = compiled_by_openvino(sys.argv[1]), compiled_by_openvino(sys.argv[1])
+del first
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_process_that_used_openvino_still_handles_signals(tmp_path: Path) -> None:
+    """OpenVINO takes stacks for signals from threads in the order in which models go, not in that of their coming."""
+    torch.onnx.export(nn.Conv2d(1, 2, 3).eval(), (torch.randn(1, *SIZE),), tmp_path / "net.onnx", verbose=False)
+    command = [sys.executable, "-X", "faulthandler", "-c", SIGNALLED, str(tmp_path / "net.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 def test_the_compiler_has_compiled_before_anything_is_timed() -> None:

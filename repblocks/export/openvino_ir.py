@@ -10,6 +10,7 @@ from torch import Tensor
 
 from repblocks.errors import CheckpointError
 from repblocks.export.jobs import Job
+from repblocks.runtimes import compiled_by_openvino
 
 
 def write(job: Job, xml: Path, weights: Path) -> dict[str, Any]:
@@ -35,16 +36,11 @@ def write(job: Job, xml: Path, weights: Path) -> dict[str, Any]:
 def open_files(xml: Path, weights: Path) -> Callable[[Tensor], Any]:
     """What runs the files on the CPU: a tensor, or a list of them where the model gives several.
 
-    Precision is the model's own: where the CPU could compute in bfloat16, OpenVINO would by default.
-
     Raises:
         CheckpointError: OpenVINO does not accept the files.
     """
-    import openvino
-
-    core: Any = openvino.Core()
     try:
-        compiled = core.compile_model(core.read_model(xml, weights), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = compiled_by_openvino(xml, weights)
     except RuntimeError as error:
         raise CheckpointError(f"{xml} is not a model that OpenVINO runs ({error}); export it again") from error
 

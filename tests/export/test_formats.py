@@ -4,6 +4,7 @@ import collections
 import importlib.util
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,7 +37,9 @@ def runner(name, path):
         return lambda x: torch.from_numpy(session(path).run(["output"], {"images": x.numpy()})[0])
     if name == "pt2":
         return torch.export.load(path).module()
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    with ThreadPoolExecutor(1) as aside:  # as repblocks.runtimes does, and why
+        compiled = aside.submit(lambda: openvino.Core().compile_model(path, "CPU", settings)).result()
     return lambda x: torch.from_numpy(np.array(compiled({"images": x.numpy()})["output"]))
 
 
