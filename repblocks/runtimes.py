@@ -62,8 +62,8 @@ def compiled_by_openvino(*files: Path, **settings: Any) -> Any:
     import openvino  # pyright: ignore[reportMissingImports]  # an extra
 
     def compiled() -> Any:
-        model: Any = openvino.Core().read_model(*files)
-        return openvino.compile_model(model, "CPU", {**settings, "INFERENCE_PRECISION_HINT": "f32"})
+        core: Any = openvino.Core()
+        return openvino.compile_model(core.read_model(*files), "CPU", {**settings, "INFERENCE_PRECISION_HINT": "f32"})
 
     with ThreadPoolExecutor(1) as aside:
         return aside.submit(compiled).result()

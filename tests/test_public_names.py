@@ -102,7 +102,7 @@ def test_what_comes_from_a_paper_says_from_where(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["to_matrix", "verify", "export", "half_range", "spectrum", "fold", "RepConv", *VALUES]
+    "name", ["to_matrix", "verify", "export", "half_range", "spectrum", "fold", "RepConv", *sorted(VALUES)]
 )
 def test_what_takes_or_gives_tensors_says_their_shape(name: str) -> None:
     assert re.search(r"\[[\w, ./*'()+]+\]", doc(name))
