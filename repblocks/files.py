@@ -40,7 +40,7 @@ def replacing(path: Path) -> Generator[Path]:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what `replacing` left under temporary names in a folder when its process was killed."""
-    for path in folder.glob(".*.????????.*"):
+    for path in folder.glob(f".*.{'[0-9a-f]' * 8}.*"):
         path.unlink(missing_ok=True)
 
 

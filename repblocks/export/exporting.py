@@ -19,7 +19,7 @@ from repblocks.export.formats import FORMATS, Format, check_formats, require_dty
 from repblocks.export.half_range import HalfRange, half_range
 from repblocks.export.jobs import Job, Sizes, require_sizes, shape_of_input
 from repblocks.export.pixels import Pixels, denormalized, require_pixels, taking
-from repblocks.files import replacing
+from repblocks.files import remove_unfinished, replacing
 from repblocks.header import dtype_of
 from repblocks.verification import EquivalenceReport
 
@@ -214,7 +214,6 @@ def _remove_stale(folder: Path, chosen: Iterable[Format], earlier: Iterable[Path
     names = {name for format in FORMATS.values() for name in format.filenames}
     stale = {*earlier, *(folder / name for name in names)}
     stale -= {folder / name for format in chosen for name in format.filenames}
-    for name in map(Path, (*names, manifest.NAME)):
-        stale |= set(folder.glob(f".{name.stem}.{'[0-9a-f]' * 8}{name.suffix}"))
     for path in stale:
         path.unlink(missing_ok=True)
+    remove_unfinished(folder)
