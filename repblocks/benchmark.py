@@ -12,7 +12,7 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from repblocks.blocks import RepNeXtBlock
-from repblocks.blocks.base import form_of, require_collapsible
+from repblocks.blocks.base import require_collapsible
 from repblocks.deploy_form import deploy_form_of, has_blocks
 from repblocks.errors import ConfigurationError, FoldError
 from repblocks.files import replacing
@@ -73,10 +73,9 @@ def compare_forms(
         VerificationError: What `repblocks.collapse` made of a model differs from it.
     """
     images, before = _images(batch, size), copy.deepcopy(model).eval()
-    after, report = deploy_form_of(before, images)
-    has_two_forms = form_of(before) == "train" or bool(report and report.regions)
-    twin = _twin(before, after, size)
-    sides = {"train": before if has_two_forms else None, "deploy": after, "timm": twin}
+    shipped = deploy_form_of(before, images)
+    twin = _twin(before, shipped.model, size)
+    sides = {"train": before if shipped.differs_from(before) else None, "deploy": shipped.model, "timm": twin}
     with opened({side: module for side, module in sides.items() if module is not None}, images) as runs_in:
         return [_row(name, runtime, latency_ms(runs_in(runtime), images, repeats=repeats)) for runtime in runtimes]
 

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]  # base of every BatchNorm
 
 from repblocks.blocks.base import RepBlock, deployed, form_of
-from repblocks.expansion.contract import contract
-from repblocks.expansion.recipe import recipe_of
+from repblocks.expansion.contract import contracted
 from repblocks.graph import CollapseReport, collapse
 
 
@@ -21,6 +20,10 @@ class DeployForm(NamedTuple):
 
     model: nn.Module
     report: CollapseReport | None
+
+    def differs_from(self, model: nn.Module) -> bool:
+        """Whether the model that it was made of has another form than the one that ships."""
+        return form_of(model) == "train" or bool(self.report and self.report.regions)
 
 
 def deploy_form_of(model: nn.Module, images: Tensor) -> DeployForm:
@@ -42,7 +45,7 @@ def deploy_form_of(model: nn.Module, images: Tensor) -> DeployForm:
         FoldError: A block or region does not fold; it is named.
         VerificationError: What `repblocks.collapse` made of it differs from the model.
     """
-    plain = deployed(contract(model) if recipe_of(model) else model) if form_of(model) == "train" else model
+    plain = deployed(contracted(model)) if form_of(model) == "train" else model
     return (
         DeployForm(plain, None) if has_blocks(plain) and not _has_norms(plain) else DeployForm(*collapse(plain, images))
     )

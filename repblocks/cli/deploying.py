@@ -13,8 +13,7 @@ from torch import nn
 from repblocks.cli.output import AsJson, pairs, progress, show, table, working
 from repblocks.cli.sources import Size, Source, model_from, random_images, size_of
 from repblocks.deploy_form import deploy_form_of
-from repblocks.expansion.contract import contract
-from repblocks.expansion.recipe import recipe_of
+from repblocks.expansion.contract import contracted
 from repblocks.export import USUAL_FORMATS, load_deploy
 from repblocks.names import known_name
 
@@ -56,7 +55,7 @@ def export(
         data = _data(model, overrides or []) if overrides or int8 else None
         images = random_images(8, size_of(model, size)) if data is None else data.test_images(64)
         report = write(
-            contract(model) if recipe_of(model) else model,
+            contracted(model),
             out,
             formats=_usual(model) if formats is None else formats.split(","),
             inputs=images,

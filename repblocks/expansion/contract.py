@@ -12,6 +12,7 @@ from repblocks.errors import ConfigurationError, FoldError
 from repblocks.expansion.expand import substitute
 from repblocks.expansion.expanded import ExpandedConv, ExpandedNorm, Norm
 from repblocks.expansion.fitting import fitted
+from repblocks.expansion.recipe import recipe_of
 from repblocks.expansion.statistics import estimate_statistics
 from repblocks.fusion import AffineConv
 from repblocks.graph.copies import duplicate
@@ -54,6 +55,11 @@ def contract(model: nn.Module, batches: Iterable[Tensor] | None = None) -> nn.Mo
     if batches is not None:
         estimate_statistics(plain, norms, batches)
     return plain
+
+
+def contracted(model: nn.Module) -> nn.Module:
+    """What a trained model is without its expansions; the model itself where there are none."""
+    return contract(model) if recipe_of(model) else model
 
 
 def _require_pairs(model: nn.Module, expanded: dict[str, ExpandedConv]) -> None:

@@ -18,7 +18,7 @@ from repblocks.graph import CollapseReport
 from repblocks.profiling import latency_ms, profile
 from repblocks.progress import Track, untracked
 from repblocks.quantization.ranges import RangeReport, range_report
-from repblocks.report.blocks import BlockFacts, Cost, blocks_in_train_form, deployed_kernels, measure_blocks
+from repblocks.report.blocks import BlockFacts, Cost, deployed_kernels, measure_blocks
 from repblocks.report.kernels import KernelFacts
 from repblocks.report.shortcuts import ShortcutFacts, measure_shortcuts
 from repblocks.report.sources import Run, Source, read_source
@@ -84,9 +84,8 @@ def gather(source: nn.Module | str | Path, *, inputs: Tensor | None = None, trac
 
 def _measured(read: Source, model: nn.Module, images: Tensor, track: Track) -> Facts:
     channels, height, width = images.shape[1:]
-    has_blocks = next(blocks_in_train_form(model), None) is not None
-    plain, collapsed = deploy_form_of(model, images)
-    differs = has_blocks or (collapsed is not None and bool(collapsed.regions))
+    shipped = deploy_form_of(model, images)
+    plain, differs = shipped.model, shipped.differs_from(model)
     forms = {"train": model, "deploy": plain} if differs else {"deploy": plain}
     costs = _costs(forms, images)
     blocks = tuple(measure_blocks(model, images, track=track))
@@ -99,7 +98,7 @@ def _measured(read: Source, model: nn.Module, images: Tensor, track: Track) -> F
         equivalence=verify(model, plain, images) if differs else None,
         blocks=blocks,
         shortcuts=measure_shortcuts(model, (channels, height, width), track=track),
-        collapsed=collapsed,
+        collapsed=shipped.report,
         kernels=tuple(kernels),
         ranges=range_report(model if blocks else plain, images),
         run=read.run,

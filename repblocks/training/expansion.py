@@ -8,9 +8,7 @@ from torch import nn
 
 from repblocks.blocks import BLOCKS
 from repblocks.errors import ConfigurationError
-from repblocks.expansion.contract import contract
 from repblocks.expansion.expand import expand
-from repblocks.expansion.recipe import recipe_of
 from repblocks.expansion.report import ExpansionReport
 from repblocks.names import known_name
 
@@ -78,8 +76,3 @@ def _reasons(report: ExpansionReport) -> list[str]:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
-
-
-def contracted(model: nn.Module) -> nn.Module:
-    """What a trained model is without its expansions; the model itself where there are none."""
-    return contract(model) if recipe_of(model) else model

@@ -11,6 +11,7 @@ from torch import nn
 from repblocks.blocks.base import deployed, form_of
 from repblocks.blocks.execution import set_execution
 from repblocks.errors import CheckpointError, ConfigurationError
+from repblocks.expansion.contract import contracted
 from repblocks.expansion.recipe import recipe_of
 from repblocks.expansion.report import ExpansionReport
 from repblocks.export import USUAL_FORMATS, check_formats, export, installed_formats
@@ -21,7 +22,7 @@ from repblocks.training.checkpoints.restore import model_from_checkpoint
 from repblocks.training.checkpoints.resume import checkpoint_to_go_on_from, record, settled
 from repblocks.training.console import quiet_lightning, shortest, stoppable, summary_table, written_files
 from repblocks.training.data import DataConfig, ImageData
-from repblocks.training.expansion import contracted, expanded, remarks_on
+from repblocks.training.expansion import expanded, remarks_on
 from repblocks.training.reestimation import reestimate
 from repblocks.training.summary import Stopwatch, Summary, measure, versions
 from repblocks.training.trainer import make_trainer

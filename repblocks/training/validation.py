@@ -10,7 +10,6 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from repblocks.blocks.base import form_of
 from repblocks.deploy_form import deploy_form_of
 from repblocks.errors import ConfigurationError
 from repblocks.models.registry import carry
@@ -37,8 +36,8 @@ def validate(model: nn.Module, overrides: Sequence[str] = ()) -> Summary:
     """
     data = data_for(model, overrides)
     images = data.test_images(VERIFIED_IMAGES)
-    plain, collapsed = deploy_form_of(model, images[:1])
-    differs = form_of(model) == "train" or bool(collapsed and collapsed.regions)
+    shipped = deploy_form_of(model, images[:1])
+    plain, differs = shipped.model, shipped.differs_from(model)
     forms = {"train": model, "deploy": plain} if differs else {"deploy": plain}
     report = verify(model, plain, images) if differs else None
     name = str(vars(model).get("model_name") or type(model).__name__)
