@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
-import torch
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from repblocks.blocks.base import require_collapsible
 from repblocks.deploy_form import deploy_form_of, has_blocks
 from repblocks.errors import ConfigurationError, FoldError
 from repblocks.files import replacing
+from repblocks.images import random_images
 from repblocks.profiling import latency_ms, profile
 from repblocks.progress import Track, untracked
 from repblocks.runtimes import opened, usable_runtimes
@@ -72,7 +72,7 @@ def compare_forms(
         FoldError: A block or region does not fold.
         VerificationError: What `repblocks.collapse` made of a model differs from it.
     """
-    images, before = _images(batch, size), copy.deepcopy(model).eval()
+    images, before = random_images(batch, size), copy.deepcopy(model).eval()
     shipped = deploy_form_of(before, images)
     twin = _twin(before, shipped.model, size)
     sides = {"train": before if shipped.differs_from(before) else None, "deploy": shipped.model, "timm": twin}
@@ -145,7 +145,7 @@ def compare_shortcuts(
     Raises:
         VerificationError: A deploy form differs from the train form.
     """
-    images, before = _images(batch, size), copy.deepcopy(model).eval()
+    images, before = random_images(batch, size), copy.deepcopy(model).eval()
     forms = {shortcut: _with_shortcuts(before, shortcut, images) for shortcut in SHORTCUTS}
     name = str(vars(model).get("model_name") or type(model).__name__)
     with opened(forms, images) as runs_in:
@@ -190,10 +190,6 @@ def _can_absorb(block: RepNeXtBlock) -> bool:
     except FoldError:
         return False
     return True
-
-
-def _images(batch: int, size: Size) -> Tensor:
-    return torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -1,10 +1,13 @@
-"""From a file to an image, and what happens to a file that is none."""
+"""From a file to an image, what happens to a file that is none, and images where no file is needed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Literal
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from repblocks.errors import DataError
 
@@ -44,6 +47,11 @@ def in_mode(image: Image.Image, mode: Mode, name: str) -> Image.Image:
         DataError: Its pixels have no fixed range.
     """
     return _in_eight_bits(name, image).convert(mode)
+
+
+def random_images(count: int, size: Sequence[int]) -> Tensor:
+    """Normal numbers in the shape of images, ``[count, *size]``, the same in every call."""
+    return torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
 
 
 def _in_eight_bits(name: str, image: Image.Image) -> Image.Image:

@@ -11,10 +11,11 @@ from rich.text import Text
 from torch import nn
 
 from repblocks.cli.output import AsJson, pairs, progress, show, table, working
-from repblocks.cli.sources import Size, Source, model_from, random_images, size_of
+from repblocks.cli.sources import Size, Source, model_from, size_of
 from repblocks.deploy_form import deploy_form_of
 from repblocks.expansion.contract import contracted
 from repblocks.export import USUAL_FORMATS, load_deploy
+from repblocks.images import random_images
 from repblocks.names import known_name
 
 Sizes = Annotated[bool, typer.Option("--dynamic-size", help="Graphs take images of any size.")]

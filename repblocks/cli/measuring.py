@@ -8,7 +8,8 @@ import typer
 from rich.console import Group
 
 from repblocks.cli.output import AsJson, progress, show, table
-from repblocks.cli.sources import Size, Source, model_from, parsed_size, random_images, size_of
+from repblocks.cli.sources import Size, Source, model_from, parsed_size, size_of
+from repblocks.images import random_images
 from repblocks.runtimes import usable_runtimes
 
 

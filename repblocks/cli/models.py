@@ -20,12 +20,12 @@ from repblocks.cli.sources import (
     arguments_from,
     model_from,
     program_from,
-    random_images,
     size_of,
     weights_in,
 )
 from repblocks.graph import CollapseReport
 from repblocks.graph import collapse as collapse_graph
+from repblocks.images import random_images
 from repblocks.models.registry import create_model, list_models
 from repblocks.profiling import profile
 from repblocks.report.anatomy import anatomy

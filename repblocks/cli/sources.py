@@ -144,11 +144,6 @@ def parsed_size(size: str) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def random_images(count: int, size: tuple[int, int, int]) -> Tensor:
-    """Images ``[count, *size]`` of normal numbers, the same each time."""
-    return torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
-
-
 def weights_in(path: Path) -> dict[str, Tensor]:
     """The weights in a file of any library: safetensors, or torch's without pickled code; of two, the averaged ones.
 

@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate
 from repblocks.errors import ConfigurationError, VerificationError
 from repblocks.export.jobs import Sizes
 from repblocks.header import dtype_of
+from repblocks.images import random_images
 from repblocks.verification import HALF_PRECISION, EquivalenceReport, block_errors, most_different, verify
 
 #: Images drawn at random for the comparison, beside those that the caller gives. The rule for half precision compares
@@ -50,7 +51,7 @@ def batches_for(model: nn.Module, inputs: Tensor | None, sizes: Sizes) -> list[T
     size = config["input_size"] if inputs is None else inputs.shape[1:]
     dtype = dtype_of(model)
     count = RANDOM_IMAGES_IN_HALF_PRECISION if dtype in HALF_PRECISION else RANDOM_IMAGES
-    drawn = torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
+    drawn = random_images(count, size)
     batches = [images.detach().cpu().float() for images in (drawn, inputs) if images is not None]
     resized = _resized(model, batches[-1][:RANDOM_IMAGES]) if sizes == "dynamic" else []
     return [images.to(dtype) for images in (*batches, *resized)]

@@ -28,6 +28,7 @@ PREFERRED = ("onnx", "openvino", "safetensors", "timm")
 PROGRAMS = ("pt2", "executorch")
 
 _INTERPOLATIONS = ("bicubic", "bilinear", "box", "hamming", "lanczos", "nearest")
+_SMALLEST_CROP = 0.01
 _MODES: Mapping[int, Mode] = {1: "L", 3: "RGB"}
 
 
@@ -251,7 +252,7 @@ def _checked(file: DeployFile, preprocessing: Mapping[str, Any]) -> dict[str, An
         "mean": _is_per_channel(preprocessing.get("mean"), channels) or file.pixels != "normalized",
         "std": _is_per_channel(preprocessing.get("std"), channels, above=0) or file.pixels != "normalized",
         "interpolation": preprocessing.get("interpolation", "bilinear") in _INTERPOLATIONS,
-        "crop_pct": _is_fraction(preprocessing.get("crop_pct", 1.0)),
+        "crop_pct": _is_crop(preprocessing.get("crop_pct", 1.0)),
     }
     if wrong := [f"{key}={preprocessing.get(key)!r:.80}" for key, is_valid in valid.items() if not is_valid]:
         raise CheckpointError(
@@ -273,5 +274,6 @@ def _is_per_channel(values: Any, channels: int, above: float = -math.inf) -> boo
     )
 
 
-def _is_fraction(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 < value <= 1
+def _is_crop(value: Any) -> bool:
+    """Images are resized to the input's size divided by it: a smaller one would only fill the memory."""
+    return isinstance(value, int | float) and _SMALLEST_CROP <= value <= 1

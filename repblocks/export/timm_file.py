@@ -88,7 +88,7 @@ def _with_counterpart(job: Job, about: Mapping[str, Any]) -> tuple[dict[str, Ten
     form = form_of(job.reference)
     if not timm.is_model(name):
         return None
-    args = {key: value for key, value in about["args"].items() if value is not None}
+    args = about["args"]
     try:
         weights = convert(job.reference.state_dict(), model=about["model"], source="repblocks", target="timm", **args)
         theirs = _skeleton(name, args)

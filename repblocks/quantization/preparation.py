@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from repblocks.blocks.base import deployed
-from repblocks.errors import ConfigurationError
 from repblocks.export import FORMATS
+from repblocks.names import known_name
 from repblocks.quantization.batches import Batches, image_batches
 from repblocks.quantization.correction import bias_corrected
 from repblocks.quantization.equalization import equalized
@@ -59,9 +59,7 @@ def prepared(model: nn.Module, calibration: Batches, how: str) -> nn.Module:
         ConfigurationError: An unknown way.
         DataError: The images are none, or no images.
     """
-    if how not in PREPARATIONS:
-        raise ConfigurationError(f"got how={how!r}; needed one of {', '.join(PREPARATIONS)}")
-    return PREPARATIONS[how](model, image_batches(calibration))
+    return PREPARATIONS[known_name("how", how, PREPARATIONS)](model, image_batches(calibration))
 
 
 class BestPrepared(NamedTuple):

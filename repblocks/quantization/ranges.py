@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from repblocks.blocks.base import RepConv
 from repblocks.blocks.shares import branch_kernels
+from repblocks.errors import NonFiniteError
 from repblocks.quantization.batches import Batches, image_batches
 from repblocks.quantization.layers import Layer, deploy_copy, like_model, watch, weighted_layers
 from repblocks.quantization.observation import Observed
@@ -141,15 +142,23 @@ def range_report(model: nn.Module, images: Batches | None = None) -> RangeReport
     Raises:
         DataError: The images are none, or no images.
         FoldError: A block does not fold.
+        NonFiniteError: A layer has NaN or infinite weights, which have no range.
     """
     deploy = deploy_copy(model)
     batches = [] if images is None else like_model(deploy, image_batches(images))
     layers = weighted_layers(deploy)
+    _require_finite(layers)
     observed = {name: Observed(layer) for name, layer in layers.items()}
     watch(deploy, batches, {name: seen.see_range for name, seen in observed.items()})
     watch(deploy, batches, {name: seen.see_error for name, seen in observed.items()})
     rows = [_layer_ranges(model, name, layer, observed[name]) for name, layer in layers.items()]
     return RangeReport(layers=rows, images=sum(map(len, batches)))
+
+
+def _require_finite(layers: Mapping[str, Layer]) -> None:
+    for name, layer in layers.items():
+        if not layer.weight.isfinite().all():
+            raise NonFiniteError(f"the weights of {name!r} are NaN or infinite; needed finite ones")
 
 
 def _layer_ranges(model: nn.Module, name: str, layer: Layer, seen: Observed) -> LayerRanges:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from repblocks.deploy_form import deploy_form_of
 from repblocks.errors import ConfigurationError
 from repblocks.graph import CollapseReport
+from repblocks.images import random_images
 from repblocks.profiling import latency_ms, profile
 from repblocks.progress import Track, untracked
 from repblocks.quantization.ranges import RangeReport, range_report
@@ -115,7 +116,7 @@ def _images(model: nn.Module, inputs: Tensor | None) -> Tensor:
         )
     if inputs is not None:
         return inputs.detach().cpu().float()
-    return torch.randn(IMAGES, *size, generator=torch.Generator().manual_seed(0))
+    return random_images(IMAGES, size)
 
 
 def _costs(forms: Mapping[str, nn.Module], images: Tensor) -> dict[str, Cost]:

@@ -306,6 +306,7 @@ def entry_with(content, **changes):
         ),
         (lambda content: settings_with(content, interpolation="magic"), "says preprocessing.interpolation='magic'"),
         (lambda content: settings_with(content, crop_pct=0), "says preprocessing.crop_pct=0"),
+        (lambda content: settings_with(content, crop_pct=1e-320), "says preprocessing.crop_pct=1e-320"),
         (lambda content: settings_with(content, mean=["a", 0, 0]), r"says preprocessing.mean=\['a', 0, 0\]"),
         (lambda content: settings_with(content, mean=[float("nan"), 0, 0]), r"says preprocessing.mean=\[nan, 0, 0\]"),
         (lambda content: settings_with(content, std=[1, 0, 1]), r"says preprocessing.std=\[1, 0, 1\]"),

@@ -238,7 +238,14 @@ def test_a_model_of_timms_own_is_loaded_by_its_name(tmp_path):
 
 
 def test_a_timm_file_of_a_float16_model_is_float16(tmp_path):
-    assert export(small().half(), tmp_path, formats=["timm"]).equivalence["timm"].dtype == "float16"
+    report = export(small().half(), tmp_path, formats=["timm"])
+    assert report.equivalence["timm"].dtype == "float16"
+    assert {value.dtype for value in FORMATS["timm"].open(report.files["timm"]).parameters()} == {torch.float16}
+
+
+def test_a_deploy_form_in_float16_is_opened_in_float16(tmp_path, vgg):
+    report = export(deployed(vgg).half(), tmp_path, formats=["timm"], inputs=pictures(2, 64, 64))
+    assert {value.dtype for value in FORMATS["timm"].open(report.files["timm"]).parameters()} == {torch.float16}
 
 
 def test_timm_does_not_build_a_net_of_ones_own(tmp_path):

@@ -4,7 +4,7 @@ from support import calibrate
 
 import repblocks as rb
 from repblocks.errors import ConfigurationError
-from repblocks.quantization import PREPARATIONS, best_prepared, prepared, quantize
+from repblocks.quantization import PREPARATIONS, best_prepared, equalized, prepared, quantize
 
 
 def images():
@@ -32,6 +32,17 @@ def test_every_way_gives_a_deploy_copy_and_only_corrected_ones_compute_something
     assert changed == ("equalized" in how)
 
 
+def test_equalizing_by_activations_looks_at_the_images(model):
+    by_images = prepared(model, images(), "equalized-by-activations").state_dict()
+    assert same(by_images, equalized(model, activations=images()).model.state_dict())
+    assert not same(by_images, equalized(model).model.state_dict())
+    assert not same(by_images, prepared(model, images() * 3 + 1, "equalized-by-activations").state_dict())
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(value.equal(second[key]) for key, value in first.items())
+
+
 def test_the_best_way_is_the_one_whose_int8_outputs_are_nearest(model, tmp_path):
     best = best_prepared(model, images())
     assert list(best.output_sqnr_db) == list(PREPARATIONS)
@@ -41,7 +52,7 @@ def test_the_best_way_is_the_one_whose_int8_outputs_are_nearest(model, tmp_path)
 
 
 def test_an_unknown_way_is_answered_with_the_known_ones(model):
-    with pytest.raises(ConfigurationError, match="how='magic'; needed one of none, equalized"):
+    with pytest.raises(ConfigurationError, match="how=magic is unknown; there are 6: corrected, equalized"):
         prepared(model, images(), "magic")
 
 

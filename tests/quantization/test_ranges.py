@@ -9,6 +9,7 @@ from torch.nn.utils import parametrizations
 
 import repblocks as rb
 from repblocks.blocks.shares import branch_kernels
+from repblocks.errors import NonFiniteError
 from repblocks.quantization import range_report
 from repblocks.quantization.rounding import rounded_activations, rounded_by_channel, sqnr_db
 from repblocks.verification import TOLERANCES
@@ -256,3 +257,11 @@ def test_a_layer_whose_weights_are_computed_is_no_layer_to_round():
     computed = parametrizations.weight_norm(nn.Conv2d(4, 4, 1).double())
     net = nn.Sequential(computed, nn.Conv2d(4, 4, 1).double()).eval()
     assert [row.name for row in range_report(net, images()).layers] == ["1"]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_without_a_range_are_refused_by_name(value):
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3)).eval()
+    net[1].weight.data[0, 0, 0, 0] = value
+    with pytest.raises(NonFiniteError, match="the weights of '1' are NaN or infinite"):
+        range_report(net)

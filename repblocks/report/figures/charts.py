@@ -29,8 +29,7 @@ _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 def draw_shares(blocks: Sequence[BlockFacts], theme: Theme) -> "Figure":
     """Each branch's share of the folded kernel, as bars that fill the line."""
-    drawing = figure(WIDTH, 0.9 + ROW * len(blocks))
-    axes = drawing.add_subplot()
+    drawing, axes = _with_rows([block.name for block in blocks])
     names = list(dict.fromkeys(branch for block in blocks for branch in block.shares))
     starts = [0.0] * len(blocks)
     for at, name in enumerate(names):
@@ -38,7 +37,6 @@ def draw_shares(blocks: Sequence[BlockFacts], theme: Theme) -> "Figure":
         color, alpha = theme.series[at % len(theme.series)], 1 if at < len(theme.series) else 0.55
         axes.barh(range(len(blocks)), widths, left=starts, height=0.72, color=color, alpha=alpha, label=name)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
-    list_names(axes, [block.name for block in blocks])
     _as_percent(axes, "share of the folded kernel (Frobenius norms)")
     axes.spines["left"].set_visible(False)
     legend_above(axes, 6)
@@ -47,14 +45,12 @@ def draw_shares(blocks: Sequence[BlockFacts], theme: Theme) -> "Figure":
 
 def draw_latency(blocks: Sequence[BlockFacts], theme: Theme) -> "Figure":
     """Both forms of each block on one line."""
-    drawing = figure(WIDTH, 0.9 + ROW * len(blocks))
-    axes = drawing.add_subplot()
+    drawing, axes = _with_rows([block.name for block in blocks])
     train, deploy = ([getattr(block, form).latency_ms for block in blocks] for form in ("train", "deploy"))
     rows = range(len(blocks))
     axes.hlines(rows, deploy, train, color=theme.rule, linewidth=3, zorder=1)
     axes.scatter(train, rows, s=26, color=theme.series[0], label="train form", zorder=2)
     axes.scatter(deploy, rows, s=26, color=theme.series[1], label="deploy form", zorder=2)
-    list_names(axes, [block.name for block in blocks])
     axes.set_xlim(left=0)
     axes.set_xlabel("milliseconds for one image on one CPU thread, median")
     axes.grid(axis="x")
@@ -64,8 +60,7 @@ def draw_latency(blocks: Sequence[BlockFacts], theme: Theme) -> "Figure":
 
 def draw_border(blocks: Sequence[BlockFacts], theme: Theme) -> "Figure":
     """The fold's error at the border and inside, and what another padding would change there."""
-    drawing = figure(WIDTH, 0.9 + ROW * len(blocks))
-    axes = drawing.add_subplot()
+    drawing, axes = _with_rows([block.name for block in blocks])
     rows = range(len(blocks))
     inside, border = ([max(getattr(block.error, at), NO_ERROR) for block in blocks] for at in ("interior", "border"))
     other = {row: block.padding_effect for row, block in enumerate(blocks) if block.padding_effect}
@@ -86,7 +81,6 @@ def draw_border(blocks: Sequence[BlockFacts], theme: Theme) -> "Figure":
     limit = blocks[0].error.tolerance
     axes.axvline(limit, color=theme.muted, linewidth=1, linestyle=(0, (4, 3)))
     axes.text(limit, -0.75, " counts as equal up to here", color=theme.muted, fontsize=8, va="bottom", ha="left")
-    list_names(axes, [block.name for block in blocks])
     axes.set_xscale("log")
     axes.set_xlim(NO_ERROR / 2, 3)
     _in_decades(axes.xaxis)
@@ -161,15 +155,13 @@ def draw_spectra(kernels: Sequence[KernelFacts], theme: Theme) -> "Figure":
 
 def draw_ranges(layers: Sequence[LayerRanges], theme: Theme) -> "Figure":
     """For each layer, over its output channels: the range of the weights that int8 has to hold."""
-    drawing = figure(WIDTH, 0.9 + ROW * len(layers))
-    axes = drawing.add_subplot()
+    drawing, axes = _with_rows([layer.name for layer in layers])
     rows = range(len(layers))
     smallest, lower, median, upper, largest = zip(*map(_quartiles, layers), strict=True)
     axes.hlines(rows, smallest, largest, color=theme.series[0], linewidth=1.2, alpha=0.55, label="all channels")
     axes.hlines(rows, lower, upper, color=theme.series[0], linewidth=6, alpha=0.55, label="middle half")
     axes.scatter(median, rows, s=20, color=theme.ink, zorder=3, label="median")
     axes.scatter(largest, rows, s=26, marker="|", color=theme.series[1], zorder=3, label="largest")
-    list_names(axes, [layer.name for layer in layers])
     axes.set_xscale("log")
     _in_decades(axes.xaxis, (1, 2, 5) if max(largest) < 200 * min(smallest) else (1,))
     axes.set_xlabel("largest absolute weight of an output channel")
@@ -232,6 +224,14 @@ def _draw_lines(axes: "Axes", lines: Columns, colors: Mapping[str, str]) -> None
         axes.plot(epochs, heights, color=colors[name], label=name, marker="o" if len(points) < 3 else "", markersize=4)
     axes.grid(axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _with_rows(names: list[str]) -> tuple["Figure", "Axes"]:
+    """A figure with a row for each name."""
+    drawing = figure(WIDTH, 0.9 + ROW * len(names))
+    axes = drawing.add_subplot()
+    list_names(axes, names)
+    return drawing, axes
 
 
 def _percent(value: float, position: float) -> str:
