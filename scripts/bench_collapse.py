@@ -61,8 +61,7 @@ COLUMNS = (
     "eager",
     "ONNX Runtime",
     "OpenVINO",
-    "collapse (s)",
-    "beside",
+    "collapse / baseline",
 )
 COPIES = 4
 """Images of which BatchNorm's statistics are calculated, and on which the two models are compared."""
@@ -95,7 +94,7 @@ def row(name: str, repeats: int) -> list[str]:
     size = tuple(images.shape[1:])
     ops, costs = [count_ops(m, images[:1]) for m in (before, after)], [profile(m, size) for m in (before, after)]
     faster = speedups(before, after, images[:1], repeats)
-    seconds, ratio, baseline = time_of_collapse(before, images[:1], repeats=3)
+    _, ratio, baseline = time_of_collapse(before, images[:1], repeats=3)
     return [
         f"`{name}`",
         " -> ".join(str(op.convs) for op in ops),
@@ -104,7 +103,6 @@ def row(name: str, repeats: int) -> list[str]:
         " -> ".join(f"{cost.macs / 1e9:.2f}" for cost in costs),
         f"{error:.0e}",
         *(f"{faster[runtime]:.2f}" if runtime in faster else "-" for runtime in RUNTIMES),
-        f"{seconds:.2f}",
         f"{ratio:.2f} {baseline}" if baseline else "-",
     ]
 
