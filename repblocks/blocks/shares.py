@@ -94,10 +94,10 @@ def _parallel_in_chain(chain: Iterable[nn.Module], in_channels: int) -> tuple[Br
 
 
 def _kernels(container: Branches, in_channels: int) -> list[AnyConv]:
-    """The branches without their biases, which no share counts and which would forbid padding behind them."""
+    """The branches, of two spatial dims."""
     widths = container.widths if isinstance(container, SplitConcat) else (in_channels,) * len(container)
     values = [fold.constant(branch, width) for branch, width in zip(container.values(), widths, strict=True)]
-    return [replace(value.promote(2), bias=None) for value in values]
+    return [value.promote(2) for value in values]
 
 
 def _leave_one(container: Branches, kernels: Mapping[str, AnyConv], name: str) -> None:

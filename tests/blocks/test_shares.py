@@ -166,3 +166,22 @@ def test_weights_that_are_not_finite_give_shares_that_are_not():
 def test_a_block_inside_a_branch_belongs_to_it():
     block = random(rb.BranchConv({"deep": rb.ACConv(3, 4), "flat": nn.Conv2d(3, 4, 1)}))
     assert branch_shares(block) == shares_of({name: kernel(part) for name, part in block.branches.items()})
+
+
+def test_a_chain_of_zeros_still_has_all_of_it():
+    block = Chain(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False)))
+    nn.init.zeros_(block.branches[0].weight)
+    assert branch_shares(block) == {"branches": 1.0}
+
+
+def test_the_branches_of_a_block_within_a_chain_are_found():
+    block = random(Chain(nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), rb.ACConv(4, 4))))
+    inner = block.branches[1].branches
+    assert branch_shares(block) == shares_of({name: kernel(block.branches[0], inner[name]) for name in inner})
+
+
+def test_a_branch_over_a_slice_reads_that_many_channels():
+    branches = {"same": nn.Identity(), "wide": nn.Conv2d(4, 2, 3, padding=1, bias=False)}
+    block = random(Chain(SplitConcat(branches, (2, 4)), 6))
+    wide = block.branches["wide"].weight.detach().norm().item()
+    assert branch_shares(block)["same"] == pytest.approx(2**0.5 / (2**0.5 + wide), **exactly)
