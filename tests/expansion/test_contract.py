@@ -281,3 +281,28 @@ def test_a_resnet_goes_out_as_acnet_and_comes_back_as_a_resnet():
     other.load_state_dict(contract(model).state_dict(), strict=True)
     assert_same_function(model, other, x.float())
     assert relative(plain(x.float()), other.eval()(x.float())) > EXACT["model"]
+
+
+def test_a_norm_that_would_not_be_finite_is_refused_by_name():
+    model = expand(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)), "acb").model
+    batch_norms(model)[0].bias.data[0] = torch.inf
+    with pytest.raises(rb.FoldError, match="0 does not contract: its weights are not finite"):
+        contract(model)
+
+
+def test_a_bias_is_never_dropped():
+    model = expand(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), "acb", init="fresh").model
+    batch_norms(model)[0].bias.data.fill_(1)
+    model[0].original.conv.bias = None
+    with pytest.raises(rb.FoldError, match="adds a bias, for which the original convolution has no place"):
+        contract(model)
+
+
+def test_batches_that_were_seen_are_counted_on():
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)).train()
+    for _ in range(3):
+        plain(torch.randn(2, 3, 8, 8))
+    model = expand(plain, "acb").model.train()
+    assert contract(rb.deployed(model))[1].num_batches_tracked == 3
+    model(torch.randn(2, 3, 8, 8))
+    assert contract(model)[1].num_batches_tracked == 4
