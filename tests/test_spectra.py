@@ -286,6 +286,33 @@ def test_the_identity_kernel_is_at_distance_zero_and_twice_it_at_one(kernel_size
     assert kernel_report(replace(conv, weight=2 * conv.weight), (5, 5)).identity_distance == pytest.approx(1)
 
 
+def test_the_identity_reads_the_output_pixel_wherever_the_padding_puts_it():
+    weight = torch.zeros(3, 3, 3, 3)
+    weight[range(3), range(3), 2, 0] = 1
+    report = kernel_report(AffineConv(weight=weight, padding=((2, 0), (0, 2))), (5, 5))
+    assert report.identity_distance == 0
+
+
+def test_small_weights_and_large_ones_in_half_precision_have_shares_and_norms():
+    small = kernel_report(AffineConv(weight=1e-6 * torch.ones(2, 2, 3, 3), padding=SAME), (5, 5))
+    assert small.tap_energy == pytest.approx([1 / 9] * 9)
+    large = {name: AffineConv(weight=torch.full((2, 2, 1, 1), 6e4).half()) for name in ("a", "b")}
+    assert kernel_report(
+        {"a": large["a"], "zero": replace(large["b"], weight=0 * large["b"].weight)}, (5, 5)
+    ).branch_norms == {
+        "a": pytest.approx(2 * 6e4, rel=1e-3),
+        "zero": 0,
+    }
+
+
+def test_an_operator_keeps_the_weights_it_was_made_of():
+    conv = AffineConv(weight=randn(0, 2, 2, 3, 3), padding=SAME)
+    operator, x = linear_operator(conv, (5, 5)), np.ones(50)
+    before = operator @ x
+    conv.weight.zero_()
+    assert np.array_equal(operator @ x, before)
+
+
 @pytest.mark.parametrize(
     "conv",
     [
