@@ -64,7 +64,7 @@ def layer_of(value: AnyConv, *, axis: int, ndim: int, dtype: torch.dtype, like: 
     layer = _layer(value, axis, ndim, {"device": device, "dtype": dtype})
     require_finite(layer, value, remedy="collapse in a wider dtype")
     frozen = bool(tensors) and not any(parameter.requires_grad for parameter in like.parameters())
-    return layer.requires_grad_(not frozen).eval()
+    return layer.requires_grad_(not frozen)
 
 
 def _layer(value: AnyConv, axis: int, ndim: int, place: dict[str, Any]) -> nn.Module:

@@ -123,7 +123,7 @@ def _linear(analysis: Analysis, node: fx.Node) -> None:
 def _batch_norm(analysis: Analysis, node: fx.Node) -> None:
     given = ops.arguments(node)
     constants = [given.get(name) for name in ("running_mean", "running_var", "weight", "bias")]
-    if given.get("training", False) is not False or None in constants[:2] or not _are_constant(analysis, *constants):
+    if given.get("training", False) is not False or not _are_constant(analysis, *constants):
         raise FoldError("it normalises by each batch, so it is not a convolution")
     atom = analysis.lazily(partial(normalised, eps=given.get("eps", 1e-5)), *constants)
     analysis.chain(node, given["input"], atom, 1, weights=_numel(analysis, constants[2]))

@@ -1,6 +1,7 @@
 """Chains of layers between which nothing is merged, or only some: each with what must be left of it."""
 
 import torch
+import torch.nn.functional as F
 from graph.user_nets import conv_bn, net
 from torch import nn
 
@@ -52,3 +53,24 @@ def narrow_chain():
 def unpadded_chain():
     """As one 5x5 kernel it would cost more."""
     return nn.Sequential(conv_bn(8, 8, 3), conv_bn(8, 8, 3))
+
+
+@net(convs=2)
+class functions_with_all_their_arguments(nn.Module):
+    """A bias, an eps and a divisor that are not the default ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.gain = nn.Parameter(torch.rand(4))
+
+    def forward(self, x):
+        x = self.conv(F.avg_pool2d(x, 1, divisor_override=2))
+        x = F.batch_norm(x, self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias, eps=0.3)
+        x = F.relu(x).mean((2, 3))
+        return F.linear(x, self.head.weight, self.head.bias) * self.gain
+
+
+@net(convs=1)
+def halved_before_the_norm():
+    return nn.Sequential(nn.Conv2d(8, 8, 3), nn.AvgPool2d(1, divisor_override=2), nn.BatchNorm2d(8), nn.ReLU())

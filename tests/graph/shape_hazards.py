@@ -184,3 +184,30 @@ class shuffled(Three):
     def forward(self, x):
         n, c, h, w = self.a(x).shape
         return self.bn(self.a(x).view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)) + self.b(x)
+
+
+@hazard
+class unbatched(Three):
+    """What looks like a batch has channels in front."""
+
+    def forward(self, x):
+        mean = x.mean(0)
+        square = mean[:, :8, :8]
+        rows = self.bn.weight.view(8, 1)
+        return F.conv2d(square, self.a.weight, padding=1) * rows, F.conv2d(square, self.b.weight) + self.a(square)
+
+
+@hazard
+class geometry_of_the_input(Three):
+    """Padding and stride are read from the image."""
+
+    def forward(self, x):
+        side = x.shape[2] // 10
+        return F.batch_norm(F.conv2d(x, self.a.weight, padding=side), self.bn.running_mean, self.bn.running_var)
+
+
+@hazard
+class functional_batch_statistics(Three):
+    def forward(self, x):
+        mean, var = self.bn.running_mean.clone(), self.bn.running_var.clone()
+        return F.batch_norm(self.a(x), None, None, training=True), F.batch_norm(self.b(x), mean, var, training=True)

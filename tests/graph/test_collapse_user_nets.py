@@ -67,6 +67,11 @@ def test_what_is_left_runs_as_few_convolutions_and_norms_as_possible(name):
 
 
 @every_net
+def test_every_layer_is_in_eval_mode(name):
+    assert not any(module.training for module in collapsed(name)[1].modules())
+
+
+@every_net
 @pytest.mark.parametrize("size", ["shape", "other"])
 def test_neither_macs_nor_parameters_grow(name, size):
     model, result, _ = collapsed(name)
