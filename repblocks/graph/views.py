@@ -55,7 +55,7 @@ def _views_of(analysis: Analysis, node: fx.Node, base: fx.Node, axis: int) -> li
 def _without_round_trip(analysis: Analysis, form: Form) -> Form:
     """Views that undo each other, such as two transposes, are none."""
     size = analysis.values[form.anchor.node].shape
-    same = len(form.views) > 1 and analysis.values[form.views[-1]].shape == size and form.axis == form.out_axis
+    same = len(form.views) > 1 and analysis.values[form.views[-1]].shape == size
     if not same or not all(view.target in ops.MOVES for view in form.views):
         return form
     places = torch.arange(size.numel()).view(size)

@@ -5,6 +5,9 @@ import torch.nn.functional as F
 from graph.user_nets import conv_bn, net
 from torch import nn
 
+import repblocks as rb
+from repblocks.fusion import fold
+
 
 @net(convs=2)
 def separable():
@@ -74,3 +77,32 @@ class functions_with_all_their_arguments(nn.Module):
 @net(convs=1)
 def halved_before_the_norm():
     return nn.Sequential(nn.Conv2d(8, 8, 3), nn.AvgPool2d(1, divisor_override=2), nn.BatchNorm2d(8), nn.ReLU())
+
+
+@net(convs=2)
+class signs_and_factors(nn.Module):
+    """What is subtracted from a number, and what is added some times."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.bn = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.shift = nn.Parameter(torch.rand(8, 1, 1))
+
+    def forward(self, x):
+        x = F.relu(self.bn(0 - self.first(x)))
+        return F.relu(torch.add(torch.sub(self.second(x), self.shift, alpha=2), self.shift, alpha=5) - 0)
+
+
+class Halved(nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
+fold.register(Halved)(
+    lambda module, in_channels: rb.AffineConv(weight=torch.full((in_channels, 1), 0.5), groups=in_channels)
+)
+
+
+@net(convs=1)
+def a_layer_with_a_rule_of_its_own():
+    return nn.Sequential(nn.Conv2d(8, 8, 3), Halved(), nn.BatchNorm2d(8), nn.ReLU())

@@ -211,3 +211,37 @@ class functional_batch_statistics(Three):
     def forward(self, x):
         mean, var = self.bn.running_mean.clone(), self.bn.running_var.clone()
         return F.batch_norm(self.a(x), None, None, training=True), F.batch_norm(self.b(x), mean, var, training=True)
+
+
+@hazard(shape=(3, 8, 13, 17), other=(5, 8, 10, 17))
+class arithmetic_that_is_no_scale(Many):
+    """Rounded, varying by pixel, from one channel to many, with a factor that the image gives."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.one = nn.Conv2d(8, 1, 1)
+        self.gain, self.columns = nn.Parameter(torch.rand(8, 1, 1)), nn.Parameter(torch.rand(8, 1, 17))
+
+    def forward(self, x):
+        wide, point, norms = iter(self.wide), iter(self.point), iter(self.norms)
+        rounded = next(norms)(torch.div(next(wide)(x), 0.5, rounding_mode="floor"))
+        by_column = next(norms)(next(wide)(x) * self.columns)
+        widened = next(norms)(self.one(x) * self.gain)
+        by_size = next(norms)(torch.add(next(wide)(x), next(point)(x), alpha=x.shape[2]))
+        return rounded, by_column, widened, by_size, torch.cat([next(wide)(x), next(point)(x)])
+
+
+@hazard(shape=(3, 8, 12, 12), other=(4, 8, 9, 9))
+class views_that_do_not_come_back(Many):
+    """Cut in two axes at once; the same shape, but turned; averaged twice without a change of size."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.narrow = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        wide, point, norms = iter(self.wide), iter(self.point), iter(self.norms)
+        cut = self.narrow(next(wide)(x)[:, 4:, 1:])
+        turned = next(wide)(x).transpose(2, 3).flatten(2).reshape(x.shape)
+        pooled = F.avg_pool2d(F.avg_pool2d(next(wide)(x), 3, 1, 1), 3, 1, 1)
+        return cut, next(norms)(turned + next(point)(x)), next(norms)(pooled + next(point)(x))
