@@ -89,6 +89,7 @@ def test_a_folded_weight_in_another_memory_format_becomes_an_ordinary_module():
         pytest.param(((0, 2), (1, 1)), (1, 1), (5, 2), id="grows by taps"),
         pytest.param(((2, 0), (0, 0)), (2, 1), (4, 2), id="grows by a multiple of the dilation"),
         pytest.param(((0, 1), (0, 0)), (3, 1), (8, 2), id="densifies the dilation first"),
+        pytest.param(((1, 0), (0, 0)), (3, 1), (8, 2), id="densifies it behind, too"),
     ],
 )
 def test_asymmetric_padding_becomes_symmetric_by_zero_taps(padding, dilation, kernel_size):
@@ -174,6 +175,37 @@ def test_an_unknown_padding_mode_of_a_module_is_refused():
     module.padding_mode = "mirror"
     with pytest.raises(FoldError, match="padding_mode='mirror'"):
         AffineConv.from_module(module)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize(("kernel_size", "dilation"), [(2, 1), (4, 1), (2, 3), (3, 2), ((4, 3), (1, 2))])
+def test_same_padding_is_torchs_with_the_odd_pixel_behind(kernel_size, dilation):
+    module = nn.Conv2d(4, 6, kernel_size, padding="same", dilation=dilation).double()
+    x = randn(3, 2, 4, 9, 8)
+    assert_same(AffineConv.from_module(module)(x).detach(), module(x).detach())
+
+
+def test_a_module_is_made_where_and_in_what_dtype_was_asked_for():
+    conv = conv2d()
+    assert conv.to_module(dtype=torch.float16).weight.dtype == torch.float16
+    assert conv.to_module(dtype=torch.float16).bias.dtype == torch.float16
+    assert conv.to_module(device="meta").weight.device.type == "meta"
+    assert conv.to_module().weight.dtype == conv.weight.dtype
+
+
+def test_padding_and_unequal_channels_are_neither_pointwise_nor_diagonal():
+    point = AffineConv(weight=randn(0, 4, 1, 1, 1), groups=4)
+    assert point.is_pointwise
+    assert point.is_diagonal
+    assert not AffineConv(weight=randn(0, 4, 1, 1, 1), groups=4, padding=((0, 1), (0, 0))).is_pointwise
+    assert not AffineConv(weight=randn(0, 4, 1, 1, 1), groups=4, stride=(1, 2)).is_pointwise
+    assert not AffineConv(weight=randn(0, 4, 2, 1, 1), groups=4).is_diagonal
+    assert not AffineConv(weight=randn(0, 8, 1, 1, 1), groups=4).is_diagonal
+
+
+def test_groups_and_a_mode_that_pads_nothing_are_shown_as_they_are():
+    assert repr(AffineConv(weight=randn(0, 6, 2, 1), groups=3)) == "AffineConv(6->6, kernel_size=(1,), groups=3)"
+    assert "mode" not in repr(AffineConv(weight=randn(0, 6, 2, 1), padding_mode="reflect"))
 
 
 def test_properties_read_the_weight():

@@ -93,6 +93,18 @@ class signs_and_factors(nn.Module):
         return F.relu(torch.add(torch.sub(self.second(x), self.shift, alpha=2), self.shift, alpha=5) - 0)
 
 
+@net(convs=2)
+class halves_in_the_other_order(nn.Module):
+    """Behind each other the slices are not the channels in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        return F.relu(torch.cat([self.first(x[:, 4:]), self.second(x[:, :4])], 1))
+
+
 class Halved(nn.Module):
     def forward(self, x):
         return x / 2
