@@ -8,7 +8,7 @@ import pytest
 
 from repblocks.report.facts import Facts
 from repblocks.report.figures import charts
-from repblocks.report.figures.pictures import KERNELS_SHOWN, featured, pictures
+from repblocks.report.figures.pictures import KERNELS_SHOWN, curves_in, featured, pictures, shares_in
 from repblocks.report.figures.style import LIGHT
 
 
@@ -110,3 +110,76 @@ def test_many_kernels_are_cut_off_and_pointwise_ones_left_out(facts: Facts) -> N
     drawn = pictures(replace(facts, kernels=many))["taps"].draw(LIGHT)
     assert sum(bool(axes.collections) for axes in drawn.axes) == KERNELS_SHOWN
     assert "taps" not in pictures(replace(facts, kernels=(point,)))
+
+
+def test_shares_of_three_branches_lie_behind_each_other(facts: Facts) -> None:
+    block = replace(facts.blocks[0], shares={"a": 0.2, "b": 0.3, "c": 0.5})
+    (axes,) = charts.draw_shares([block], LIGHT).axes
+    assert [bars[0].get_x() for bars in axes.containers] == pytest.approx([0.0, 0.2, 0.5])
+    assert axes.xaxis.get_major_formatter()(0.25, 0) == "25%"
+
+
+def test_a_line_joins_both_latencies_and_starts_at_zero(facts: Facts) -> None:
+    (axes,) = charts.draw_latency(facts.blocks, LIGHT).axes
+    expected = [[block.deploy.latency_ms, block.train.latency_ms] for block in facts.blocks]
+    assert [segment[:, 0].tolist() for segment in axes.collections[0].get_segments()] == expected
+    assert axes.get_xlim()[0] == 0
+
+
+def test_the_limit_is_the_tolerance_and_no_effect_of_padding_no_mark(facts: Facts) -> None:
+    error = replace(facts.blocks[0].error, tolerance=7e-4)
+    (axes,) = charts.draw_border([replace(facts.blocks[0], error=error, padding_effect=0.0)], LIGHT).axes
+    assert axes.lines[0].get_xdata() == [7e-4, 7e-4]
+    assert points(axes, "other padding, border") == []
+    ticks = axes.xaxis.get_major_formatter()
+    assert [ticks(value, 0) for value in (1e-6, 1e-3, 0.5, 1e4)] == ["10⁻⁶", "0.001", "0.5", "10⁴"]
+
+
+def test_the_first_row_of_taps_is_on_top_and_empty_places_stay_empty(facts: Facts) -> None:
+    kernel = replace(facts.kernels[0], name="stages.0.very.long.name.of.conv")
+    axes = charts.draw_taps([kernel] * 9, LIGHT).axes
+    bottom, top = axes[0].get_ylim()
+    assert bottom > top == 0
+    assert axes[0].get_title().startswith("…")
+    assert axes[0].get_title().endswith("name.of.conv")
+    assert [one.axison for one in axes] == [True] * 9 + [False] * 7
+
+
+def test_later_kernels_are_darker_and_ends_are_named(facts: Facts) -> None:
+    kernels = [replace(facts.kernels[0], name=name, singular_values=(2.0, 1.0)) for name in ("a", "b", "c")]
+    axes: Any = charts.draw_spectra(kernels, LIGHT).axes[0]
+    assert [line.get_alpha() for line in axes.lines] == pytest.approx([0.2, 0.6, 1.0])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "c"]
+
+
+def test_ranges_are_drawn_by_their_size_and_accuracies_in_percent(facts: Facts) -> None:
+    (axes,) = charts.draw_ranges(facts.ranges.layers, LIGHT).axes
+    assert axes.get_xscale() == "log"
+    curves: dict[str, dict[str, Sequence[float | None]]] = {"accuracy": {"val": [0.5]}, "loss": {"val": [0.5]}}
+    accuracy, loss = charts.draw_curves(curves, LIGHT).axes[:2]
+    assert accuracy.yaxis.get_major_formatter()(0.5, 0) == "50%"
+    assert loss.yaxis.get_major_formatter()(0.5, 0) != "50%"
+
+
+def test_columns_become_curves_by_kind_and_shares_by_block_in_the_order_of_the_network() -> None:
+    metrics: dict[str, Sequence[float | None]] = {
+        "epoch": [1, 2],
+        "train/loss": [2.0, 1.0],
+        "val/loss": [None, 1.5],
+        "val/accuracy": [None, None],
+        "lr": [0.1, None],
+        "share/late/kxk": [0.5, 0.6],
+        "share/early/kxk": [0.4, 0.3],
+        "share/early/none": [None, None],
+    }
+    assert curves_in(metrics) == {
+        "loss": {"train": [2.0, 1.0], "val": [None, 1.5]},
+        "learning rate": {"lr": [0.1, None]},
+    }
+    shares = shares_in(metrics, ["early", "absent", "late"])
+    assert list(shares.items()) == [("early", {"kxk": [0.4, 0.3]}), ("late", {"kxk": [0.5, 0.6]})]
+
+
+def test_a_kernel_of_zeros_has_no_spectrum(facts: Facts) -> None:
+    zeros = replace(facts.kernels[0], singular_values=(0.0, 0.0))
+    assert "spectra" not in pictures(replace(facts, kernels=(zeros,)))
