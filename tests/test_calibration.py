@@ -14,8 +14,8 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def images(count=32):
-    return 3 + 2 * torch.randn(count, 3, 12, 12, generator=seeded())
+def images():
+    return 3 + 2 * torch.randn(32, 3, 12, 12, generator=seeded())
 
 
 def net():

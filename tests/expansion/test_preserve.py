@@ -13,6 +13,11 @@ from repblocks.verification import TOLERANCES
 EXACT = TOLERANCES[torch.float64]["block"]
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def conv(in_channels, out_channels, kernel_size, *, groups=1, bias=False):
     padding = kernel_size // 2
     return nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, groups=groups, bias=bias)
@@ -50,7 +55,6 @@ def taken_over(branches, old, norm=None):
     ids=["narrow to wide", "wide to narrow", "nested", "groups", "biases", "the second of two"],
 )
 def test_a_kernel_inside_takes_over(branches, old):
-    torch.manual_seed(0)
     got, wanted = taken_over(branches(), old())
     assert (got - wanted).abs().max() <= EXACT * wanted.abs().max()
 
@@ -84,7 +88,6 @@ def test_a_kernel_inside_takes_over(branches, old):
     ],
 )
 def test_a_block_that_is_less_than_the_convolution_is_refused(branches, old):
-    torch.manual_seed(0)
     with pytest.raises(CannotExpandError, match="no kernel inside the block can take over"):
         taken_over(branches(), old())
 
@@ -104,7 +107,7 @@ def test_a_branch_that_ends_in_a_norm_without_a_weight_cannot_be_silenced():
 
 def test_a_constant_kernel_is_not_overwritten():
     constant, learned = conv(4, 4, 3), conv(4, 4, 3)
-    kernel = nn.Parameter.detach(constant.weight).double()
+    kernel = constant.weight.detach().double()
     del constant.weight
     constant.register_buffer("weight", kernel.clone())
     got, wanted = taken_over(Sum([constant, learned]), conv(4, 4, 3))
@@ -119,13 +122,11 @@ def test_a_branch_of_other_groups_is_passed_over():
 
 
 def test_a_norm_behind_takes_what_the_block_adds():
-    torch.manual_seed(0)
     got, wanted = taken_over(Sum([conv(4, 4, 1, bias=True), conv(4, 4, 3)]), conv(4, 4, 3), nn.BatchNorm2d(4))
     assert (got - wanted).abs().max() <= EXACT * wanted.abs().max()
 
 
 def test_what_cannot_take_over_stays_as_it_was():
-    torch.manual_seed(0)
     branches = nn.Sequential(conv(4, 2, 1), conv(2, 4, 3)).double()
     before = [parameter.clone() for parameter in branches.parameters()]
     with pytest.raises(CannotExpandError):
